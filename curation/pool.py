@@ -1,0 +1,168 @@
+"""The pool and its facts: ingested rows and annotation columns, each computed once and cached as
+Parquet.
+
+Layout of the cache: `ingest-<fingerprint>/<pool file>/{rows,rejected}.parquet, counts.json` and
+`<annotator>-<fingerprint>/<pool file>/<first row>.parquet`. A fingerprint names what the content
+depends on, so a
+changed knob makes a new folder and leaves everything else alone.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curation.engine import Unit
+from curation.ingest import Ingest, pool_files, read_images
+from curation.step import Annotator, fingerprint
+from pipeline.shards import write_json, write_table
+
+ROWS_PER_UNIT = 1024  # rows of one annotation unit: what a kill can cost
+
+
+def file_digest(path: str | Path) -> str:
+    """Content digest of a file that a step depends on (an entry list, a checkpoint)."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+def default_cache(pool: str | Path) -> Path:
+    """Beside the pool: <pool>.annotations."""
+    path = Path(pool).resolve()
+    return path.with_name(path.name + ".annotations")
+
+
+class Pool:
+    """A raw pool with its cache. `ingest_config`: the ingest node's values, part of the
+    fingerprint.
+    """
+
+    def __init__(
+        self, root: str | Path, cache: Path, ingest: Ingest, ingest_config: Mapping[str, Any]
+    ):
+        self.root, self.cache, self.ingest = Path(root), cache, ingest
+        self.files = pool_files(root)
+        self.fingerprint = fingerprint("ingest", ingest.version, dict(ingest_config))
+        self.folder = cache / f"ingest-{self.fingerprint}"
+
+    def place(self, file: Path) -> Path:
+        """The folder of a pool file's ingested rows."""
+        return self.folder / file.relative_to(self.root)
+
+    def ingest_units(self) -> list[Unit]:
+        """One unit a pool file. Raises ValueError for a file that changed since it was ingested."""
+        units = []
+        for file in self.files:
+            marker, stat = self.place(file) / "counts.json", file.stat()
+            if marker.exists():
+                was = json.loads(marker.read_text())["file"]
+                if was != {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}:
+                    raise ValueError(
+                        f"{file} changed since it was ingested: its annotations would be wrong. "
+                        f"Remove the cache {self.cache}, or give another one with cache=DIR"
+                    )
+            units.append(Unit(marker, (self.ingest, file, marker.parent), stat.st_size))
+        return units
+
+    def counts(self) -> dict[str, Any]:
+        """read, kept, dropped by reason, notes: over all pool files. Raises above
+        max_bad_fraction.
+        """
+        read = kept = 0
+        dropped, notes = Counter(), Counter()
+        for file in self.files:
+            counts = json.loads((self.place(file) / "counts.json").read_text())
+            read, kept = read + counts["read"], kept + counts["kept"]
+            dropped.update(counts["dropped"])
+            notes.update(counts["notes"])
+        bad = read - kept
+        if bad > self.ingest.max_bad_fraction * read:
+            raise ValueError(
+                f"{bad} of {read} samples of {self.root} cannot be used ({dict(dropped)}): over "
+                f"ingest.max_bad_fraction={self.ingest.max_bad_fraction}; raise it if that is right"
+            )
+        return {"read": read, "kept": kept, "dropped": dict(dropped), "notes": dict(notes)}
+
+    def num_rows(self, file: Path) -> int:
+        """Ingested rows of a pool file."""
+        return pq.read_metadata(self.place(file) / "rows.parquet").num_rows
+
+    def rejected(self) -> pa.Table:
+        """uid, key, reason of what ingest refused."""
+        return pa.concat_tables(
+            pq.read_table(self.place(f) / "rejected.parquet") for f in self.files
+        )
+
+
+class Facts:
+    """One annotator's columns over a pool. `config`: the annotator node's values."""
+
+    def __init__(self, pool: Pool, annotator: Annotator, config: Mapping[str, Any]):
+        self.pool, self.annotator = pool, annotator
+        self.fingerprint = fingerprint(
+            annotator.name,
+            annotator.version,
+            {key: value for key, value in config.items() if key not in annotator.inputs},
+            {key: file_digest(path) for key, path in annotator.inputs.items()},
+            pool.fingerprint,
+        )
+        self.folder = pool.cache / f"{annotator.name}-{self.fingerprint}"
+
+    def unit_files(self, file: Path) -> list[tuple[Path, int, int]]:
+        """(output, first row, number of rows) of each unit of a pool file."""
+        place, rows = self.folder / file.relative_to(self.pool.root), self.pool.num_rows(file)
+        return [
+            (place / f"{start:010d}.parquet", start, min(ROWS_PER_UNIT, rows - start))
+            for start in range(0, rows, ROWS_PER_UNIT)
+        ]
+
+    def units(self) -> list[Unit]:
+        """Every unit of the pool."""
+        return [
+            Unit(out, (self, file, out, start, rows), rows)
+            for file in self.pool.files
+            for out, start, rows in self.unit_files(file)
+        ]
+
+    def read(self, file: Path, columns: list[str]) -> pa.Table:
+        """The given columns for all ingested rows of a pool file, in row order."""
+        tables = [pq.read_table(out, columns=columns) for out, _, _ in self.unit_files(file)]
+        schema = pa.schema([(name, self.annotator.columns[name]) for name in columns])
+        return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def ingest_file(ingest: Ingest, file: Path, place: Path) -> None:
+    """The work of an ingest unit."""
+    stat = file.stat()
+    rows, rejected, counts = ingest.run(file)
+    write_table(place / "rows.parquet", rows)
+    write_table(place / "rejected.parquet", rejected)
+    identity = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    write_json(place / "counts.json", {**counts, "file": identity})
+
+
+def annotate_unit(facts: Facts, file: Path, out: Path, start: int, rows: int) -> None:
+    """The work of an annotation unit: rows [start, start + rows) of a pool file."""
+    annotator = facts.annotator
+    part = pq.read_table(facts.pool.place(file) / "rows.parquet").slice(start, rows)
+    wanted = ["uid", *annotator.reads]
+    batch = part.select(wanted).to_pylist()
+    if annotator.needs_images:
+        for sample, image in zip(batch, images_of(file, part), strict=True):
+            sample["image"] = image
+    found = annotator.annotate(batch)
+    assert len(found) == rows, f"{annotator.name}: {len(found)} answers for {rows} samples"
+    schema = pa.schema([("uid", pa.string()), *annotator.columns.items()])
+    uids = part["uid"].to_pylist()
+    answers = [{"uid": uid, **answer} for uid, answer in zip(uids, found, strict=True)]
+    write_table(out, pa.Table.from_pylist(answers, schema=schema))
+
+
+def images_of(file: Path, part: pa.Table) -> Iterator[bytes]:
+    """Image bytes of ingested rows (ascending `row`) of a pool file."""
+    return read_images(file, part["row"].to_pylist(), part["num_bytes"].to_pylist())

@@ -1,0 +1,78 @@
+"""The two protocols of curation, and the counter-based randomness that all decisions use.
+
+An *annotator* turns samples into facts (expensive, cached, one unit of rows at a time, never looks
+at other samples).
+A *selector* turns facts into decisions (cheap, global): measure each part, combine once, apply to
+each part.
+Both are plain objects built from YAML; where and how often they run is the engine's business.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+
+class Annotator(Protocol):
+    """Per-sample facts. Heavy state (models, automata) is built on first use and never pickled."""
+
+    name: str
+    version: int  # raise it when the same input would give another output: old caches become stale
+    needs_images: bool
+    reads: tuple[str, ...]  # columns of ingest, besides uid
+    columns: dict[str, pa.DataType]
+    inputs: dict[str, str]  # constructor argument -> file whose content the answers depend on
+
+    def annotate(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """One dict of `columns` per sample, in order. A sample has uid, `reads` and, if asked for,
+        image bytes.
+        """
+        ...
+
+
+class Selector(Protocol):
+    """A global decision over narrow columns. The result may not depend on how rows fall into
+    parts.
+    """
+
+    name: str
+    version: int
+    reads: tuple[str, ...]  # columns of ingest or of any annotator, besides uid
+
+    def measure(self, part: pa.Table) -> Any:
+        """What the decision needs of one part of the surviving rows; small against the part."""
+        ...
+
+    def combine(self, measures: list[Any]) -> Any:
+        """The global quantities, once; measures come in the order of the parts."""
+        ...
+
+    def apply(self, part: pa.Table, combined: Any, seed: int) -> pa.Array:
+        """A string per row: the reason of its drop, null when it is kept."""
+        ...
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits that name a configuration: of the parts' canonical JSON."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def uniform(
+    seed: int, step: str, uids: Sequence[str], salt: Sequence[int] | None = None
+) -> np.ndarray:
+    """Counter-based uniforms in [0, 1), float64: one per uid, a function of (seed, step, uid[,
+    salt]) alone.
+
+    So a decision does not depend on order, sharding, workers or engine. 53 random bits each.
+    """
+    key = hashlib.blake2b(f"{seed}\x00{step}".encode(), digest_size=32).digest()
+    draws = np.empty(len(uids), np.uint64)
+    for index, uid in enumerate(uids):
+        message = uid if salt is None else f"{uid}\x00{salt[index]}"
+        digest = hashlib.blake2b(message.encode(), key=key, digest_size=8).digest()
+        draws[index] = int.from_bytes(digest, "little") >> 11
+    return draws.astype(np.float64) * 2.0**-53

@@ -1,0 +1,222 @@
+"""The closed root schemas of the commands, and the check that runs before anything is built.
+
+A component is a plain class chosen by `_target_`; its constructor's signature is its schema.
+`problems` compares
+every node of a composed config with that signature and reports all mistakes at once, with their
+paths; nothing
+is built for it. Cross-field arithmetic (batch sizes, lengths) is checked by `arithmetic`.
+"""
+
+import inspect
+import pkgutil
+import typing
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.utils import instantiate
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# Absolute: Hydra resolves a relative config_path against the caller, which fails in a console
+# script.
+CONF = str(Path(__file__).resolve().parents[1] / "conf")
+
+SCALARS = {int, float, bool, str}
+
+
+@dataclass
+class TrainConfig:
+    """`python -m pipeline.train`: everything a run is."""
+
+    name: str = MISSING  # the run: its folder under runs_dir, its W&B id; the same name resumes
+    runs_dir: str = "runs"
+    seed: int = 0
+    samples_seen: int = MISSING  # training length in image-text pairs
+    global_batch_size: int = MISSING  # pairs per optimizer step, all processes
+    micro_batch_size: int | None = None  # pairs per process per forward; null: the local batch
+    gradient_clip_norm: float | None = None
+    log_every_steps: int = 10
+    checkpoint_every_steps: int = 100
+    keep_checkpoints: int = 2
+    recipe_info: dict[str, str] = field(default_factory=dict)  # source, expected result, price
+    data: Any = MISSING
+    tokenizer: Any = MISSING
+    transform: Any = MISSING
+    model: Any = MISSING
+    image_tokens: Any = None  # token policy of the image tower, off in evaluation
+    loss: dict[str, Any] = field(default_factory=dict)  # terms by name
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    optimizer: Any = MISSING
+    schedule: Any = MISSING
+    trainer: Any = MISSING
+    tracking: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class EvaluateConfig:
+    """`python -m pipeline.evaluate`: a finished run -> named numbers."""
+
+    run: str = MISSING  # run directory, e.g. runs/demo
+    checkpoint: str | None = None  # null: the newest of the run
+    out: str | None = None  # null: <run>/eval
+    eval: dict[str, Any] = field(default_factory=dict)  # tasks by name
+
+
+@dataclass
+class ExportConfig:
+    """`python -m pipeline.export`: a finished run -> what other software loads."""
+
+    run: str = MISSING
+    out: str = MISSING
+    checkpoint: str | None = None
+    format: Any = MISSING
+
+
+@dataclass
+class CurateConfig:
+    """`python -m curation.run`: ingest -> annotate -> select -> pack."""
+
+    pool: str = MISSING  # directory of the raw pool
+    out: str | None = MISSING  # directory of the curated shards
+    cache: str | None = None  # annotations; null: <pool>.annotations beside the pool
+    only: str | None = None  # ingest | annotate | select | pack: stop after this stage
+    seed: int = 0
+    ingest: Any = MISSING
+    annotate: dict[str, Any] = field(default_factory=dict)  # annotators by name
+    select: dict[str, Any] = field(default_factory=dict)  # selectors by name, applied in `order`
+    order: list[str] = field(default_factory=list)
+    pack: Any = MISSING
+    engine: Any = MISSING
+
+
+ROOTS = {
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "curate": CurateConfig,
+}
+COLLECTIONS = {"loss", "tracking", "eval", "annotate", "select"}  # components keyed by name
+PLAIN = {"loss_weights", "recipe_info", "order"}  # values, not components
+
+for _name, _schema in ROOTS.items():
+    ConfigStore.instance().store(name=f"{_name}_schema", node=_schema)
+
+
+def build(node: Any, **extra: Any) -> Any:
+    """Instantiate a component node (nested components first); `extra` are run-time arguments."""
+    return instantiate(node, _convert_="all", **extra)
+
+
+def _schema_of(target: Any) -> tuple[Any, bool]:
+    """A dataclass with one field per constructor parameter, and whether it takes **kwargs."""
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    fields, open_ended = [], False
+    for name, parameter in inspect.signature(target).parameters.items():
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            open_ended |= parameter.kind is parameter.VAR_KEYWORD
+            continue
+        hint = hints.get(name, Any)
+        args = set(typing.get_args(hint))
+        scalar = hint in SCALARS or (args - {type(None)} <= SCALARS and type(None) in args)
+        fields.append((name, hint if scalar else Any, field(default=MISSING)))
+    return make_dataclass("Signature", fields), open_ended
+
+
+def _component_problems(node: DictConfig, path: str) -> list[str]:
+    name = node["_target_"]
+    try:
+        target = pkgutil.resolve_name(name)
+        schema, open_ended = _schema_of(target)
+    except (ImportError, AttributeError, ValueError, TypeError, NameError) as error:
+        return [f"{path}: cannot import {name} ({type(error).__name__}: {error})"]
+    known, found = schema.__dataclass_fields__, []
+    given = [str(key) for key in node if not str(key).startswith("_")]
+    for key in given:
+        if key not in known and not open_ended:
+            found.append(f"{path}.{key}: {name} takes no '{key}' (it takes: {', '.join(known)})")
+        elif key in known and not OmegaConf.is_missing(node, key):
+            try:
+                value = node[key]
+                if not OmegaConf.is_config(value):
+                    OmegaConf.structured(schema)[key] = value
+            except OmegaConfBaseException as error:
+                found.append(f"{path}.{key}: {str(error).splitlines()[0]}")
+    if node.get("_partial_"):
+        return found
+    for key, parameter in inspect.signature(target).parameters.items():
+        needed = parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_KEYWORD,
+            parameter.VAR_POSITIONAL,
+        )
+        if needed and key not in given:
+            found.append(f"{path}: {name} needs '{key}'")
+    return found
+
+
+def problems(node: Any, path: str = "", *, inside: bool = False) -> list[str]:
+    """Every reason why this config could not be built, as `path: reason` lines. Builds nothing."""
+    found: list[str] = []
+    if isinstance(node, ListConfig):
+        for index, item in enumerate(node):
+            found += problems(item, f"{path}[{index}]", inside=inside)
+        return found
+    if not isinstance(node, DictConfig):
+        return found
+    if path in PLAIN:
+        return found
+    keys = [str(key) for key in node]
+    if "_target_" in keys:
+        found += _component_problems(node, path)
+        inside = True
+    elif path and path not in COLLECTIONS and not inside and keys:
+        found.append(
+            f"{path}: nobody reads this: a node is a component (_target_) or a known group"
+        )
+    for key in keys:
+        here = f"{path}.{key}".lstrip(".")
+        if OmegaConf.is_missing(node, key):
+            found.append(f"{here}: missing; give it on the command line as {here}=...")
+            continue
+        try:
+            value = node[key]
+        except OmegaConfBaseException as error:  # an interpolation that points nowhere
+            found.append(f"{here}: {str(error).splitlines()[0]}")
+            continue
+        found += problems(value, here, inside=inside)
+    return found
+
+
+def batch_problems(cfg: DictConfig, world_size: int) -> list[str]:
+    """Arithmetic of a training run on `world_size` processes."""
+    if any(OmegaConf.is_missing(cfg, key) for key in ("global_batch_size", "samples_seen")):
+        return []  # `problems` names them
+    found, batch, micro = [], cfg.global_batch_size, cfg.micro_batch_size
+    if batch < 1:
+        return [f"global_batch_size: {batch} must be at least 1"]
+    if batch % world_size:
+        down = batch - batch % world_size
+        found.append(
+            f"global_batch_size: {batch} is not a multiple of {world_size} processes: "
+            f"set global_batch_size to {down or world_size} or {down + world_size}"
+        )
+    if cfg.samples_seen < batch:
+        found.append(f"samples_seen: {cfg.samples_seen} is less than one batch of {batch} pairs")
+    local = batch // world_size
+    if micro is not None and not 1 <= micro <= max(local, 1):
+        found.append(
+            f"micro_batch_size: {micro} must be between 1 and the local batch of {local} pairs "
+            f"(global_batch_size={batch}, {world_size} processes)"
+        )
+    return found
+
+
+def check(cfg: DictConfig, *, world_size: int = 1) -> None:
+    """Raise ValueError with every problem of a composed config, one a line."""
+    found = problems(cfg)
+    if OmegaConf.get_type(cfg) is TrainConfig:
+        found += batch_problems(cfg, world_size)
+    if found:
+        lines = "\n".join(f"  {line}" for line in dict.fromkeys(found))
+        raise ValueError(f"{len(found)} problem(s) in the config:\n{lines}")

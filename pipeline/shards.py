@@ -1,0 +1,259 @@
+"""The contract between curation and training: records, shards, their index, and the manifest.
+
+A dataset is a directory: `shard-000000.tar` (WebDataset layout: `{uid}.{jpg|png|webp}`,
+`{uid}.json`, `{uid}.txt`),
+`shard-000000.parquet` (the same records without images, with the byte offset and size of each
+member), and
+`manifest.json`, written last. Tars are plain: open_clip, webdataset and img2dataset's readers take
+them too.
+Bytes are a function of the records alone (mtime 0, fixed owner and mode), and every file appears
+by rename.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FORMAT = "pairwright-shards-1"
+IMAGE_EXTENSIONS = ("jpg", "png", "webp")
+BLOCK = 512  # a tar block
+CAPTION = pa.struct(
+    [
+        ("text", pa.string()),
+        ("role", pa.string()),  # alt short long rewrite paraphrase negative tag tag_negative
+        ("source", pa.string()),
+        ("lang", pa.string()),
+        ("score", pa.float64()),
+    ]
+)
+MEMBERS = pa.struct([("image", pa.int64()), ("json", pa.int64()), ("txt", pa.int64())])
+INDEX = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("extension", pa.string()),
+        ("caption", pa.string()),
+        ("captions", pa.list_(CAPTION)),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sha256", pa.string()),
+        ("url", pa.string()),
+        ("stats", pa.map_(pa.string(), pa.float64())),
+        ("entries", pa.list_(pa.int32())),
+        (
+            "provenance",
+            pa.struct([("pool", pa.string()), ("shard", pa.string()), ("key", pa.string())]),
+        ),
+        ("offset", MEMBERS),
+        ("size", MEMBERS),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One pair. `image`: the original bytes; `caption`: the primary text; `info`: the JSON
+    member's fields.
+    """
+
+    uid: str
+    image: bytes
+    extension: str
+    caption: str
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def content_uid(image: bytes, caption: str) -> str:
+    """First 32 hex digits of sha256(image bytes, 0x00, UTF-8 caption): the same pair is the same
+    uid in any pool.
+    """
+    digest = hashlib.sha256(image)
+    digest.update(b"\x00")
+    digest.update(caption.encode())
+    return digest.hexdigest()[:32]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Temporary name, fsync, rename: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Deterministic, readable JSON, written atomically."""
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
+    write_atomically(path, text.encode() + b"\n")
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """A Parquet file, written atomically. The same table gives the same bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def _member(name: str, data: bytes) -> list[bytes]:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime = len(data), 0o644, 0
+    return [info.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % BLOCK)]
+
+
+def write_shard(directory: Path, name: str, records: Iterable[Record]) -> dict[str, Any]:
+    """Write `{name}.tar` and `{name}.parquet`; returns the manifest's entry {name, num_samples,
+    num_bytes, sha256}.
+
+    The tar is streamed to a temporary file, so memory holds one record and the index columns.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tar, digest, position = directory / f"{name}.tar", hashlib.sha256(), 0
+    part, rows = tar.with_name(f".{tar.name}.{os.getpid()}.part"), []
+    with open(part, "wb") as file:
+        for record in records:
+            text = json.dumps(record.info, sort_keys=True, ensure_ascii=False)
+            members = {
+                "image": (record.extension, record.image),
+                "json": ("json", text.encode()),
+                "txt": ("txt", record.caption.encode()),
+            }
+            offset, size = {}, {}
+            for member, (extension, data) in members.items():
+                offset[member], size[member] = position + BLOCK, len(data)
+                for piece in _member(f"{record.uid}.{extension}", data):
+                    digest.update(piece)
+                    position += file.write(piece)
+            known = {key: record.info[key] for key in INDEX.names if key in record.info}
+            known |= {"uid": record.uid, "extension": record.extension, "caption": record.caption}
+            if known.get("stats"):
+                known["stats"] = sorted(known["stats"].items())
+            rows.append(known | {"offset": offset, "size": size})
+        end = bytes(2 * BLOCK) + bytes(-(position + 2 * BLOCK) % tarfile.RECORDSIZE)
+        digest.update(end)
+        position += file.write(end)
+        file.flush()
+        os.fsync(file.fileno())
+    write_table(directory / f"{name}.parquet", pa.Table.from_pylist(rows, schema=INDEX))
+    os.replace(part, tar)
+    return {
+        "name": name,
+        "num_samples": len(rows),
+        "num_bytes": position,
+        "sha256": digest.hexdigest(),
+    }
+
+
+def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `manifest.json` last: its presence means that the dataset is complete."""
+    for step in manifest["steps"]:
+        dropped = sum(step["dropped"].values())
+        assert step["read"] == step["kept"] + dropped, f"{step['name']}: pairs lost in counting"
+    write_json(directory / "manifest.json", {"format": FORMAT, **manifest})
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """The manifest of a dataset directory. Raises ValueError when there is none, or of another
+    format.
+    """
+    path = Path(directory) / "manifest.json"
+    if not path.exists():
+        raise ValueError(
+            f"{directory}: no manifest.json, so this is no finished dataset of ours; make one with "
+            f"`python -m curation.run pool={directory} out=SHARDS dataset=raw`"
+        )
+    manifest = json.loads(path.read_text())
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}")
+    return manifest
+
+
+class Shard:
+    """Random access to one shard: the index in memory, the tar mapped. `columns`: which index
+    columns to load.
+    """
+
+    def __init__(self, directory: str | Path, name: str, columns: list[str] | None = None):
+        self.path = Path(directory) / f"{name}.tar"
+        for path in (self.path, self.path.with_suffix(".parquet")):
+            if not path.exists():
+                raise ValueError(f"{path}: missing, but the manifest lists {name}; copy it again")
+        self.index = pq.read_table(self.path.with_suffix(".parquet"), columns=columns)
+        with open(self.path, "rb") as file:
+            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        offset, size = self.index["offset"].combine_chunks(), self.index["size"].combine_chunks()
+        self.offset = offset.field("image").to_numpy()
+        self.size = size.field("image").to_numpy()
+        names = self.index.column_names
+        self.uids = self.index["uid"].to_pylist() if "uid" in names else []
+        self.captions = self.index["caption"].to_pylist() if "caption" in names else []
+        if len(self.offset) and int((self.offset + self.size).max()) > len(self.data):
+            raise ValueError(
+                f"{self.path}: {len(self.data)} bytes, the index needs more; copy it again"
+            )
+
+    def __len__(self) -> int:
+        return self.index.num_rows
+
+    def image(self, row: int) -> bytes:
+        """The image bytes of a row."""
+        start = int(self.offset[row])
+        return self.data[start : start + int(self.size[row])]
+
+    def record(self, row: int) -> Record:
+        """The whole record of a row, its JSON member included."""
+        values = self.index.slice(row, 1).to_pylist()[0]
+        start, size = values["offset"]["json"], values["size"]["json"]
+        info = json.loads(self.data[start : start + size])
+        return Record(values["uid"], self.image(row), values["extension"], values["caption"], info)
+
+
+class Dataset:
+    """Random access to a dataset by global index (manifest order). Keeps `max_open` shards open."""
+
+    def __init__(self, directory: str | Path, *, columns: list[str] | None = None, max_open=64):
+        self.directory = Path(directory)
+        self.manifest = read_manifest(directory)
+        self.names = [shard["name"] for shard in self.manifest["shards"]]
+        counts = [shard["num_samples"] for shard in self.manifest["shards"]]
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.columns = columns
+        self.shard = lru_cache(max_open)(self._open)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def _open(self, number: int) -> Shard:
+        shard = Shard(self.directory, self.names[number], self.columns)
+        expected = int(self.starts[number + 1] - self.starts[number])
+        if len(shard) != expected:
+            raise ValueError(
+                f"{shard.path}: {len(shard)} records, the manifest says {expected}; copy it again"
+            )
+        return shard
+
+    def locate(self, index: int) -> tuple[Shard, int]:
+        """The shard and the row in it of a global index."""
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.shard(number), int(index - self.starts[number])
+
+
+def records(directory: str | Path) -> Iterator[Record]:
+    """Every record of a dataset, in order."""
+    dataset = Dataset(directory)
+    for number in range(len(dataset.names)):
+        shard = dataset.shard(number)
+        for row in range(len(shard)):
+            yield shard.record(row)

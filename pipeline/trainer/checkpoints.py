@@ -1,0 +1,59 @@
+"""Checkpoints: written whole or not at all, the newest few kept, the newest found again."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Temporary name, fsync, rename: a kill or a full disk leaves the checkpoint before
+    untouched.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with open(part, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def find_newest(directory: Path) -> Path | None:
+    """The checkpoint with the most steps, or None."""
+    found = [
+        (int(m[1]), p) for p in directory.glob("*.ckpt") if (m := re.search(r"(\d+)$", p.stem))
+    ]
+    return max(found)[1] if found else None
+
+
+class Checkpoints(pl.Callback):
+    """Save after every `every_steps` optimizer steps and after the last; keep the newest `keep`."""
+
+    def __init__(self, *, directory: Path, every_steps: int, keep: int):
+        if every_steps < 1 or keep < 1:
+            raise ValueError(
+                f"checkpoint_every_steps={every_steps}, keep_checkpoints={keep}: both at least 1"
+            )
+        self.directory, self.every_steps, self.keep = directory, every_steps, keep
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        step = trainer.global_step
+        if step % self.every_steps and step != trainer.max_steps:
+            return
+        trainer.save_checkpoint(self.directory / f"step-{step:08d}.ckpt")
+        if trainer.is_global_zero:
+            for old in sorted(self.directory.glob("step-*.ckpt"))[: -self.keep]:
+                old.unlink()

@@ -1,0 +1,74 @@
+"""The training stream as Lightning wants it: built on each rank, its position kept in the
+checkpoint.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from pipeline.data.images import ImageTransform
+from pipeline.data.stream import ShardStream
+
+
+class ShardData(pl.LightningDataModule):
+    """shards: directory of a dataset. workers: loader processes per rank. window_shards: see
+    ShardStream.
+
+    transform, tokenizer, global_batch_size and seed come from the run, not from the data node.
+    """
+
+    def __init__(self, *, shards: str, workers: int = 2, window_shards: int = 16):
+        super().__init__()
+        self.shards, self.workers, self.window_shards = shards, workers, window_shards
+        self.run: dict[str, Any] = {}
+        self.stream: ShardStream | None = None
+
+    def for_run(
+        self,
+        *,
+        transform: ImageTransform,
+        tokenizer: Callable[[Sequence[str]], torch.Tensor],
+        global_batch_size: int,
+        seed: int,
+    ) -> "ShardData":
+        """Give the data what the rest of the run decides."""
+        self.run = {
+            "transform": transform,
+            "tokenizer": tokenizer,
+            "global_batch_size": global_batch_size,
+            "seed": seed,
+        }
+        return self
+
+    def open(self, *, rank: int, world_size: int) -> ShardStream:
+        """The stream of one rank."""
+        self.stream = ShardStream(
+            shards=self.shards,
+            workers=self.workers,
+            window_shards=self.window_shards,
+            rank=rank,
+            world_size=world_size,
+            **self.run,
+        )
+        return self.stream
+
+    def train_dataloader(self) -> ShardStream:
+        stream = self.open(rank=self.trainer.global_rank, world_size=self.trainer.world_size)
+        # The loader reads ahead of the optimizer, so the position is counted in finished steps.
+        stream.position = self.trainer.global_step * stream.global_batch_size
+        return stream
+
+    def state_dict(self) -> dict[str, int]:
+        done = self.trainer.global_step * self.stream.global_batch_size
+        epoch, index = divmod(done, len(self.stream))
+        return {"epoch": epoch, "index": index, "seed": self.stream.seed, "pairs": len(self.stream)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        # The stream is opened later; global_step gives the position. Here only what must agree.
+        if state["seed"] != self.run["seed"]:
+            raise ValueError(
+                f"the checkpoint's data order has seed {state['seed']}, this run has "
+                f"{self.run['seed']}: set seed={state['seed']} or give the run another name"
+            )

@@ -1,0 +1,166 @@
+"""Lightning glue around the cached contrastive step: order of calls, learning rate, logging. No
+maths.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.data.images import ImageTransform
+from pipeline.losses.objective import Objective
+from pipeline.trainer.cached_step import CachedContrastiveStep
+
+
+class TokenPolicy(Protocol):
+    """Which tokens a tower sees: a function of noise alone, so that both passes see the same."""
+
+    def from_noise(self, noise: Tensor) -> Tensor | None: ...
+
+
+class Optimizer(Protocol):
+    """Hyper-parameters that become a torch optimizer; its groups have a `base_lr`."""
+
+    def make(self, model: nn.Module) -> torch.optim.Optimizer: ...
+
+
+class Schedule(Protocol):
+    """The learning rate's factor, by pairs seen."""
+
+    def factor(self, samples_done: int, samples_total: int, batch: int) -> float: ...
+
+
+def step_noise(seed: int, step: int, pairs: int, tokens: int) -> Tensor:
+    """(pairs, tokens) uniforms for the global batch of a step: the same on every rank and in any
+    world size.
+    """
+    digest = hashlib.blake2b(f"{seed} tokens {step}".encode(), digest_size=7).digest()
+    source = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.rand(pairs, tokens, generator=source)
+
+
+class ContrastiveModule(pl.LightningModule):
+    """One optimizer step per batch, by hand: Lightning's automatic mode knows one backward a step.
+
+    gradient_clip_norm: None for no clipping; the norm is logged either way.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        objective: Objective,
+        transform: ImageTransform,
+        image_tokens: TokenPolicy | None,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        samples_seen: int,
+        global_batch_size: int,
+        micro_batch_size: int | None,
+        gradient_clip_norm: float | None,
+        log_every_steps: int,
+        seed: int,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.objective = model, objective
+        self.transform, self.image_tokens = transform, image_tokens
+        self.optimizer = optimizer
+        self.schedule, self.samples_seen = schedule, samples_seen
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.gradient_clip_norm, self.log_every_steps = gradient_clip_norm, log_every_steps
+        self.seed = seed
+        self.last_logged: dict[str, float] = {}
+        self.bad_records = 0
+        self.waited = self.worked = 0.0
+        self.mark = 0.0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer.make(self)
+
+    def on_train_start(self) -> None:
+        wrapped = self.trainer.strategy.model
+        distributed = isinstance(wrapped, DistributedDataParallel)
+        self.step = CachedContrastiveStep(
+            encode=self.model,
+            loss_parameters={
+                **self.model.loss_parameters(),
+                **{f"objective.{n}": p for n, p in self.objective.named_parameters()},
+            },
+            logit_scale=lambda: self.model.logit_scale,
+            objective=self.objective,
+            micro_batch_size=self.micro_batch_size,
+            backward=self.manual_backward,
+            no_sync=wrapped.no_sync if distributed else nullcontext,
+        )
+        self.mark = time.perf_counter()
+
+    def kept_tokens(self, local_batch: int) -> Tensor | None:
+        """Patch indices (B, K) of this rank's pairs in this step, or None when nothing is
+        dropped.
+        """
+        if self.image_tokens is None:
+            return None
+        noise = step_noise(
+            self.seed, self.trainer.global_step, self.global_batch_size, self.model.image.num_tokens
+        )
+        start = self.trainer.global_rank * local_batch
+        kept = self.image_tokens.from_noise(noise[start : start + local_batch])
+        return None if kept is None else kept.to(self.device)
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        started = time.perf_counter()
+        self.waited += started - self.mark
+        self.bad_records += int(batch["bad"])
+        optimizer, done = self.optimizers(), self.trainer.global_step * self.global_batch_size
+        factor = self.schedule.factor(done, self.samples_seen, self.global_batch_size)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        optimizer.zero_grad()
+        images = self.transform.normalise(batch["images"])
+        logged = self.step(images, batch["tokens"], self.kept_tokens(len(images)))
+        limit = self.gradient_clip_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        optimizer.step()
+        self.model.clamp_logit_scale()
+        step = self.trainer.global_step
+        self.mark = time.perf_counter()
+        self.worked += self.mark - started
+        if step % self.log_every_steps == 0 or step in (1, self.trainer.max_steps):
+            self.write(logged, grad_norm, optimizer.param_groups[0]["lr"], step)
+
+    def write(self, logged: Mapping[str, Tensor], grad_norm: Tensor, lr: float, step: int) -> None:
+        """One row for every logger, keys as on the dashboard, x-axis samples_seen."""
+        names, values = list(logged), torch.stack([v.float() for v in logged.values()])
+        if self.trainer.world_size > 1:
+            dist.all_reduce(values)
+            values /= self.trainer.world_size
+        row = {f"train/{name}": value for name, value in zip(names, values.tolist(), strict=True)}
+        row |= {"train/grad_norm": float(grad_norm), "train/lr": lr}
+        elapsed = self.waited + self.worked
+        steps = self.log_every_steps if step % self.log_every_steps == 0 else 1
+        row |= {
+            "perf/pairs_per_second": steps * self.global_batch_size / max(elapsed, 1e-9),
+            "perf/data_wait_fraction": self.waited / max(elapsed, 1e-9),
+            "data/bad_records": self.bad_records,
+            "samples_seen": step * self.global_batch_size,
+        }
+        if self.device.type == "cuda":
+            row["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.waited = self.worked = 0.0
+        self.last_logged = row
+        for logger in self.loggers:
+            logger.log_metrics(row, step=step)
+        if not math.isfinite(row["train/loss"]):
+            raise ValueError(
+                f"the loss is {row['train/loss']} at {row['samples_seen']} pairs: lower the "
+                "learning rate (optimizer.lr), or set gradient_clip_norm=1"
+            )
