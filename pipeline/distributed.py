@@ -1,0 +1,85 @@
+"""What a process knows about its peers, and the one collective that gradients flow through.
+
+Every function is right without a process group: one process is a world of size 1.
+Letters: B local rows, G = B * world size global rows, D width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _in_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+# torch 2.13 renamed both collectives and warns at the old names. Delete when we need torch >= 2.13.
+_OLD_NAMES = {
+    "all_gather_single": "all_gather_into_tensor",
+    "reduce_scatter_single": "reduce_scatter_tensor",
+}
+
+
+def _collective(name: str) -> Callable[..., Any]:
+    return getattr(dist, name, None) or getattr(dist, _OLD_NAMES[name])
+
+
+def rank() -> int:
+    """This process's index in the default group; 0 without a group."""
+    return dist.get_rank() if _in_group() else 0
+
+
+def world_size() -> int:
+    """Number of processes in the default group; 1 without a group."""
+    return dist.get_world_size() if _in_group() else 1
+
+
+def barrier() -> None:
+    """Wait for every process; returns at once without a group."""
+    if _in_group():
+        dist.barrier()
+
+
+def gather_counts(count: int, device: torch.device) -> list[int]:
+    """One integer of every rank, in rank order. `device`: where the backend's tensors must live.
+
+    Waits for the device: once in a run is free, once in a step is not.
+    """
+    if world_size() == 1:
+        return [count]
+    counts = torch.empty(world_size(), dtype=torch.int64, device=device)
+    own = torch.tensor([count], dtype=torch.int64, device=device)
+    _collective("all_gather_single")(counts, own)
+    return counts.tolist()
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        gathered = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
+        _collective("all_gather_single")(gathered, rows.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        local = grad.new_empty(grad.shape[0] // world_size(), *grad.shape[1:])
+        _collective("reduce_scatter_single")(local, grad.contiguous(), op=dist.ReduceOp.SUM)
+        return local
+
+
+def all_gather_with_grad(rows: Tensor) -> Tensor:
+    """Rows of all ranks, in rank order, through which gradients return to the rank that owns them.
+
+    rows: (B, D), the same B, D and dtype on every rank. That is assumed, not checked here: a check
+    would be a second collective with a wait in every step (`CachedContrastiveStep` checks where it
+    is free).
+    Returns (G, D); without a process group, `rows` itself.
+    Backward is a reduce-scatter with SUM. When each rank's loss is the mean over its own rows, the
+    sum makes the gradient `world_size` times that of the global mean, and data-parallel averaging
+    divides by `world_size`.
+    Every rank must run the backward, or the others wait.
+    """
+    return rows if world_size() == 1 else _AllGather.apply(rows)
