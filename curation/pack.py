@@ -75,8 +75,10 @@ class Pack:
         }
 
     def finish(self, out: Path, manifest: dict[str, Any]) -> None:
-        """Write the manifest and forget the shards' markers."""
+        """Write the manifest; forget the shards' markers and what killed runs left half-written."""
         write_manifest(out, manifest)
+        for part in out.glob(".*.part"):
+            part.unlink()
         for mark in out.glob(".pack-*"):
             shutil.rmtree(mark)
 
@@ -117,8 +119,6 @@ def pack_shard(
     pool: Pool, selection: Selection, out: Path, name: str, start: int, count: int, marker: Path
 ) -> None:
     """The work of one unit: records [start, start + count) of the plan."""
-    for stale in out.glob(f".{name}.*.part"):  # of a killed run
-        stale.unlink()
     part = selection.plan().slice(start, count)
     write_json(marker, write_shard(out, name, shard_records(pool, part)))
 
