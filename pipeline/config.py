@@ -203,6 +203,12 @@ def batch_problems(cfg: DictConfig, world_size: int) -> list[str]:
         )
     if cfg.samples_seen < batch:
         found.append(f"samples_seen: {cfg.samples_seen} is less than one batch of {batch} pairs")
+    warmup = OmegaConf.select(cfg, "schedule.warmup_samples", default=0)
+    if isinstance(warmup, int) and warmup >= cfg.samples_seen:
+        found.append(
+            f"schedule.warmup_samples: {warmup} is not below samples_seen={cfg.samples_seen}: "
+            "shorten the warm-up or lengthen the run"
+        )
     local = batch // world_size
     if micro is not None and not 1 <= micro <= max(local, 1):
         found.append(

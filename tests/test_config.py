@@ -1,0 +1,85 @@
+"""A mistake in a config is named, with its path and what would be right, before anything is
+built.
+"""
+
+import pytest
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from pipeline.check import composed, main
+from pipeline.config import check, problems
+
+GOOD = ["recipe=emoji", "name=x", "data.shards=y", "tokenizer.path=clip"]
+
+
+def complaint(*overrides, world_size=1):
+    with pytest.raises((ValueError, HydraException)) as caught:
+        check(composed("train", [*GOOD, *overrides]), world_size=world_size)
+    return str(caught.value)
+
+
+def test_the_good_config_is_good():
+    check(composed("train", GOOD))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["recipe=emojis"], ["recipe/emojis", "emoji"]),
+        (["samples_sen=5"], ["samples_sen"]),
+        (["optimizer.learning_rate=1"], ["learning_rate"]),
+        (["+optimizer.learning_rate=1"], ["optimizer.learning_rate", "it takes: lr, betas"]),
+        (["optimizer.lr=fast"], ["optimizer.lr", "fast"]),
+        (["global_batch_size=many"], ["global_batch_size", "many"]),
+        (["model.image._target_=pipeline.models.vit.Vit"], ["model.image: cannot import"]),
+        (["~model.image.patch_size"], ["model.image", "needs 'patch_size'"]),
+        (["micro_batch_size=300"], ["micro_batch_size: 300", "local batch of 256"]),
+        (["samples_seen=100"], ["samples_seen: 100 is less than one batch of 256"]),
+        (["schedule.warmup_samples=128000"], ["schedule.warmup_samples: 128000 is not below"]),
+        (["data.shards=???"], ["data.shards: missing", "data.shards=..."]),
+        (["+loss.extra.weight=1"], ["loss.extra"]),
+        (["schedule.warmup_samples=${nothing}"], ["schedule.warmup_samples", "nothing"]),
+    ],
+)
+def test_a_mistake_is_named(overrides, words):
+    text = complaint(*overrides)
+    for word in words:
+        assert word in text
+
+
+def test_all_mistakes_come_at_once():
+    text = complaint("+optimizer.a=1", "+data.b=2", "micro_batch_size=0")
+    assert "3 problem(s)" in text
+
+
+def test_a_batch_that_does_not_divide_names_two_that_do():
+    text = complaint(world_size=3)
+    assert "256 is not a multiple of 3 processes" in text
+    assert "255 or 258" in text
+
+
+def test_a_stray_node_is_refused():
+    assert problems(OmegaConf.create({"extra": {"a": 1}})) == [
+        "extra: nobody reads this: a node is a component (_target_) or a known group"
+    ]
+
+
+def test_clip_check_judges_without_building(capsys):
+    with pytest.raises(SystemExit) as done:
+        main([*GOOD, "world_size=4"])
+    assert done.value.code == 0
+    with pytest.raises(SystemExit) as done:
+        main([*GOOD, "world_size=7"])
+    assert done.value.code == 2
+    assert "not a multiple of 7" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as done:
+        main(["--all"])
+    assert done.value.code == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["world_size=x", *GOOD]])
+def test_clip_check_says_how_it_is_used(arguments, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    assert done.value.code == 2
+    assert "clip-check" in capsys.readouterr().out
