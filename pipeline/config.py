@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 # script.
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
+MISSING_WORD = "missing; give it on the command line as"
 SCALARS = {int, float, bool, str}
 
 
@@ -177,7 +178,7 @@ def problems(node: Any, path: str = "", *, inside: bool = False) -> list[str]:
     for key in keys:
         here = f"{path}.{key}".lstrip(".")
         if OmegaConf.is_missing(node, key):
-            found.append(f"{here}: missing; give it on the command line as {here}=...")
+            found.append(f"{here}: {MISSING_WORD} {here}=...")
             continue
         try:
             value = node[key]
@@ -218,9 +219,12 @@ def batch_problems(cfg: DictConfig, world_size: int) -> list[str]:
     return found
 
 
-def check(cfg: DictConfig, *, world_size: int = 1) -> None:
-    """Raise ValueError with every problem of a composed config, one a line."""
-    found = problems(cfg)
+def check(cfg: DictConfig, *, world_size: int = 1, complete: bool = True) -> None:
+    """Raise ValueError with every problem of a composed config, one a line.
+
+    complete: false lets values be missing (`???`), for presets that leave some to the user.
+    """
+    found = [line for line in problems(cfg) if complete or MISSING_WORD not in line]
     if OmegaConf.get_type(cfg) is TrainConfig:
         found += batch_problems(cfg, world_size)
     if found:

@@ -133,8 +133,8 @@ class ImageTransform:
     def evaluate(self, data: bytes) -> torch.Tensor:
         """(3, S, S) uint8: shorter side to S, centre crop. Raises BadImage."""
         image = decode(data)
-        scale = self.image_size / min(image.size)
-        size = [max(self.image_size, round(side * scale)) for side in image.size]
+        # the longer side as transformers rounds it, so that exported models see the same pixels
+        size = [int(self.image_size * side / min(image.size)) for side in image.size]
         image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
         left, upper = ((side - self.image_size) // 2 for side in image.size)
         return _tensor(image.crop((left, upper, left + self.image_size, upper + self.image_size)))

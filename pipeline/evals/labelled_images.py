@@ -1,0 +1,89 @@
+"""A labelled image set in the WebDataset layout that LAION's CLIP_benchmark reads.
+
+classnames.txt                           one class a line; the line number is the label
+zeroshot_classification_templates.txt    one prompt a line, "{c}" stands for the class name
+<split>/nshards.txt, <split>/0.tar ...   members KEY.webp|jpg|jpeg|png and KEY.cls (the label)
+"""
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
+IMAGE_SUFFIXES = (".webp", ".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """One split. Raises ValueError, at any use, for a file that is missing or does not fit."""
+
+    directory: Path
+    split: str = "test"
+
+    def class_names(self) -> list[str]:
+        """The name of each label."""
+        return self._lines(CLASS_NAMES)
+
+    def templates(self) -> list[str]:
+        """Prompts with "{c}" for the class name."""
+        templates = self._lines(TEMPLATES)
+        for template in templates:
+            if "{c}" not in template:
+                raise ValueError(f"{self.directory / TEMPLATES}: no {{c}} in {template!r}")
+        return templates
+
+    def samples(self) -> Iterator[tuple[bytes, int]]:
+        """(image bytes, label), in the order of the shards."""
+        num_classes = len(self.class_names())
+        for number in range(int(self._lines(f"{self.split}/nshards.txt")[0])):
+            shard = self._existing(f"{self.split}/{number}.tar")
+            for key, image, label in _pairs(shard):
+                if not 0 <= label < num_classes:
+                    raise ValueError(
+                        f"{shard}: {key}.cls is {label}, but {CLASS_NAMES} has {num_classes} lines"
+                    )
+                yield image, label
+
+    def _existing(self, name: str) -> Path:
+        path = self.directory / name
+        if not path.is_file():
+            raise ValueError(
+                f"{path} is missing: `data` must be a directory in CLIP_benchmark's WebDataset "
+                f"layout ({CLASS_NAMES}, {TEMPLATES}, {self.split}/nshards.txt, "
+                f"{self.split}/0.tar ...)"
+            )
+        return path
+
+    def _lines(self, name: str) -> list[str]:
+        path = self._existing(name)
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        if not lines:
+            raise ValueError(f"{path} is empty")
+        return lines
+
+
+def prompt(template: str, class_name: str) -> str:
+    """The class name in its place."""
+    return template.replace("{c}", class_name)
+
+
+def _pairs(shard: Path) -> Iterator[tuple[str, bytes, int]]:
+    """(key, image, label) of a tar; the two members of a key may come in either order."""
+    waiting: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            key, dot, suffix = member.name.rpartition(".")
+            kind = "image" if dot + suffix.lower() in IMAGE_SUFFIXES else suffix
+            if not member.isfile() or kind not in ("image", "cls"):
+                continue
+            content = tar.extractfile(member)
+            assert content is not None  # isfile()
+            found = waiting.setdefault(key, {})
+            found[kind] = content.read()
+            if len(found) == 2:
+                yield key, found["image"], int(found["cls"])
+                del waiting[key]
+    if waiting:
+        key, found = next(iter(waiting.items()))
+        raise ValueError(f"{shard}: {key} has only its {next(iter(found))}, {len(waiting)} such")

@@ -1,0 +1,39 @@
+"""What an evaluation task needs, and what it is: trained model -> named numbers.
+
+Dashboard keys are `eval/<task>/<metric>`; the x-axis is samples_seen. A task is a component of
+`conf/eval/*.yaml`; its key there is its name.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Embedder(Protocol):
+    """Bytes and strings to embeddings: (n, D) float32 on the CPU, unit norm, in the order given."""
+
+    def image_embed(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor: ...
+
+    def text_embed(self, captions: Sequence[str], *, batch_size: int = 256) -> Tensor: ...
+
+
+class Task(Protocol):
+    """One evaluation. Its numbers do not depend on how the samples are batched."""
+
+    def run(self, trained: Embedder) -> dict[str, float]: ...
+
+
+def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def run_task(name: str, task: Task, trained: Embedder) -> dict[str, float]:
+    """The task's numbers under their dashboard keys: {"eval/<name>/<metric>": number}."""
+    return {f"eval/{name}/{metric}": value for metric, value in task.run(trained).items()}

@@ -1,0 +1,158 @@
+"""A run directory -> a model that embeds image bytes and captions."""
+
+import pickle
+import re
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from pipeline.config import build
+from pipeline.evals.task import in_batches
+
+MODEL_PREFIX = "model."  # the Lightning module holds the model under this name
+
+
+class Transform(Protocol):
+    """Image bytes -> uint8 tensor; a uint8 batch -> normalised floats."""
+
+    def evaluate(self, data: bytes) -> Tensor: ...
+
+    def normalise(self, images: Tensor) -> Tensor: ...
+
+
+class TrainedClip:
+    """A model in evaluation mode with the tokenizer and the image transform it was trained with.
+
+    All tokens are seen: token policies belong to training and are not part of the model.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        tokenizer: Callable[[Sequence[str]], Tensor],
+        transform: Transform,
+        device: str | torch.device = "cpu",
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.model = model.to(device).eval()
+        self.tokenizer = tokenizer
+        self.transform = transform
+        self.device = torch.device(device)
+        self.checkpoint = checkpoint  # where the weights came from
+
+    @classmethod
+    def load(
+        cls,
+        run: str | Path,
+        *,
+        checkpoint: str | Path | None = None,
+        device: str | torch.device | None = None,
+    ) -> "TrainedClip":
+        """The model of a run directory.
+
+        checkpoint: a file of Lightning's; None for the newest in <run>/checkpoints.
+        device: None for the GPU if there is one.
+        Raises ValueError if the run, its checkpoint or a weight is missing.
+        """
+        config = run_config(run)
+        path = Path(checkpoint) if checkpoint is not None else newest_checkpoint(run)
+        model = build(config.model)
+        try:
+            model.load_state_dict(read_weights(path))
+        except RuntimeError as error:
+            raise ValueError(
+                f"{path} does not fit the model of {run}/config.yaml: {error}"
+            ) from error
+        return cls(
+            model=model,
+            tokenizer=build(config.tokenizer),
+            transform=build(config.transform),
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            checkpoint=path,
+        )
+
+    @torch.inference_mode()
+    def image_embed(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor:
+        """(n, D) float32 on the CPU, unit norm. Raises ValueError for bytes that are no image."""
+        embeds = [torch.empty(0, self.model.image_projection.out_features)]
+        for batch in in_batches(images, batch_size):
+            pixels = torch.stack([self._pixels(data) for data in batch]).to(self.device)
+            embed = self.model.encode_image(self.transform.normalise(pixels))
+            embeds.append(embed.float().cpu())
+        return torch.cat(embeds)
+
+    def _pixels(self, image: bytes) -> Tensor:
+        try:
+            return self.transform.evaluate(image)
+        except ValueError as error:
+            raise ValueError(
+                f"the image with sha256 {sha256(image).hexdigest()} ({len(image)} bytes) cannot be "
+                f"embedded: {error}"
+            ) from error
+
+    @torch.inference_mode()
+    def text_embed(self, captions: Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """(n, D) float32 on the CPU, unit norm."""
+        embeds = [torch.empty(0, self.model.text_projection.out_features)]
+        for batch in in_batches(captions, batch_size):
+            embed = self.model.encode_text(self.tokenizer(batch).to(self.device))
+            embeds.append(embed.float().cpu())
+        return torch.cat(embeds)
+
+
+def run_config(run: str | Path) -> DictConfig:
+    """The resolved training config that `pipeline.train` left in the run directory."""
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing: {run} is no run directory; train one with `python -m "
+            "pipeline.train recipe=... name=N` and give run=runs/N"
+        )
+    config = OmegaConf.load(path)
+    missing = [key for key in ("model", "tokenizer", "transform") if key not in config]
+    if missing or not isinstance(config, DictConfig):
+        raise ValueError(f"{path} has no {', '.join(missing)}: not written by pipeline.train")
+    return config
+
+
+def newest_checkpoint(run: str | Path) -> Path:
+    """last.ckpt, else the one with the largest step (the last number) in its name."""
+    folder = Path(run) / "checkpoints"
+    found = [path for path in folder.glob("*.ckpt") if path.is_file()]
+    if not found:
+        raise ValueError(
+            f"no *.ckpt in {folder}: the run has not reached its first checkpoint; start it again "
+            "under the same name, or give checkpoint=FILE"
+        )
+
+    def age(path: Path) -> tuple[bool, int, str]:
+        numbers = re.findall(r"\d+", path.stem)
+        return path.stem == "last", int(numbers[-1]) if numbers else -1, path.name
+
+    return max(found, key=age)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The model's state_dict out of a Lightning checkpoint; nothing in the file is executed."""
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} is missing or a folder: give a .ckpt file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+    weights = {
+        name.removeprefix(MODEL_PREFIX): tensor
+        for name, tensor in content.get("state_dict", {}).items()
+        if name.startswith(MODEL_PREFIX)
+    }
+    if not weights:
+        raise ValueError(
+            f"{path} holds no weights named {MODEL_PREFIX}*: not one of our checkpoints"
+        )
+    return weights

@@ -1,0 +1,70 @@
+"""Zero-shot classification: class names as prompts, images to the nearest class (CLIP, sec. 3.1).
+
+Letters: I images, C classes, T templates, D embedding width.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from pipeline.evals.labelled_images import LabelledImages, prompt
+from pipeline.evals.ranking import ranks, recall
+from pipeline.evals.task import Embedder, in_batches
+
+
+class ZeroShot:
+    """Accuracy on a labelled set, each class the mean of its prompts (CLIP, sec. 3.1.4).
+
+    data: directory in CLIP_benchmark's WebDataset layout (see labelled_images.py), `split` one of
+        its folders. An image that cannot be read raises ValueError: numbers over part of a set
+        compare with nothing.
+    batch_size: images or prompts per forward; the numbers do not depend on it.
+    """
+
+    def __init__(self, *, data: str, split: str = "test", batch_size: int = 256) -> None:
+        self.images = LabelledImages(Path(data), split)
+        self.batch_size = batch_size
+
+    def run(self, trained: Embedder) -> dict[str, float]:
+        """`classification_metrics` of the split."""
+        class_embed = self.class_embed(trained)
+        scores, labels = [], []
+        for batch in in_batches(self.images.samples(), self.batch_size):
+            image_embed = trained.image_embed(
+                [image for image, _ in batch], batch_size=self.batch_size
+            )
+            scores.append(image_embed @ class_embed.T)
+            labels += [label for _, label in batch]
+        if not labels:
+            raise ValueError(f"{self.images.directory}: no images in split {self.images.split}")
+        return classification_metrics(torch.cat(scores), torch.tensor(labels))
+
+    def class_embed(self, trained: Embedder) -> Tensor:
+        """(C, D) unit norm: the mean of the T unit-norm prompt embeddings, normalised again."""
+        templates = self.images.templates()
+        classes = []
+        for names in in_batches(self.images.class_names(), self.batch_size):
+            prompts = [prompt(template, name) for name in names for template in templates]
+            text_embed = trained.text_embed(prompts, batch_size=self.batch_size)
+            classes.append(text_embed.unflatten(0, (len(names), len(templates))).mean(dim=1))
+        return normalize(torch.cat(classes), dim=-1)
+
+
+def classification_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """top1, top5, mean_per_class_recall: fractions in [0, 1]. Ties count against the model.
+
+    scores: (I, C), larger is better.  labels: (I,) int64 in [0, C). The mean over classes is over
+    those that have an image.
+    """
+    relevant = one_hot(labels, scores.shape[1]).bool()
+    place = ranks(scores, relevant)
+    accuracy = recall(place, at=(1, 5))
+    hits = (place == 0).double()
+    per_class = [float(hits[labels == label].mean()) for label in labels.unique()]
+    return {
+        "top1": accuracy[1],
+        "top5": accuracy[5],
+        "mean_per_class_recall": sum(per_class) / len(per_class),
+    }

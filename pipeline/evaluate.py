@@ -1,0 +1,71 @@
+"""COMMAND: numbers of a trained run.
+
+    python -m pipeline.evaluate run=runs/demo eval=emoji
+
+Prints a table, writes <run>/eval/<task>.json (or out=DIR) and returns {"eval/<task>/<metric>": x}.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config import CONF, build, check
+from pipeline.evals.task import run_task
+from pipeline.evals.trained import TrainedClip
+from pipeline.shards import write_json
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(config: DictConfig) -> dict[str, float]:
+    """Run the tasks of a checked config, one after the other, keeping each result at once."""
+    out = Path(config.out or Path(config.run) / "eval")
+    tasks = {name: build(node) for name, node in config.eval.items()}
+    if not tasks:
+        raise ValueError("no tasks: give eval=NAME, one of conf/eval")
+    trained = TrainedClip.load(config.run, checkpoint=config.checkpoint)
+    numbers: dict[str, float] = {}
+    for name, task in tasks.items():
+        log.info("%s of %s", name, trained.checkpoint)
+        found = run_task(name, task, trained)
+        write_json(out / f"{name}.json", {"checkpoint": str(trained.checkpoint), "metrics": found})
+        numbers |= found
+    return numbers
+
+
+def table(numbers: dict[str, float], *, title: str) -> Table:
+    """A row a metric."""
+    shown = Table(title=title)
+    for column in ("task", "metric"):
+        shown.add_column(column)
+    shown.add_column("value", justify="right")
+    for key, value in numbers.items():
+        _, task, metric = key.split("/", 2)
+        shown.add_row(task, metric, f"{value:.4f}")
+    return shown
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
+def main(config: DictConfig) -> dict[str, float]:
+    """Check, evaluate, print; a user's mistake ends with one message and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        check(config)
+        numbers = evaluate(config)
+    except ValueError as error:
+        if os.environ.get("PAIRWRIGHT_TRACEBACK"):
+            raise
+        print(f"clip-eval: {error}", file=sys.stderr)
+        sys.exit(2)
+    Console().print(table(numbers, title=config.run))
+    return numbers
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Our exports in open_clip itself, in an environment of its own (`make peer`).
+
+The interpreter is PAIRWRIGHT_PEER_PYTHON, or .venv-peer/bin/python in the repository.
+"""
+
+import io
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.data.images import ImageTransform
+from pipeline.data.tokenizer import BpeTokenizer, train_bpe
+from pipeline.evals.trained import TrainedClip
+from pipeline.formats.open_clip import OpenClip
+from pipeline.models.clip import CLIP
+from pipeline.models.text import TextTransformer
+from pipeline.models.vit import VisionTransformer
+
+ROOT = Path(__file__).parents[2]
+PYTHON = Path(os.environ.get("PAIRWRIGHT_PEER_PYTHON", ROOT / ".venv-peer" / "bin" / "python"))
+CAPTIONS = [
+    "a",
+    "",
+    "!!! wow !",
+    "A photo of a red panda, eating",
+    "ΔΙΑΣ",  # the last letter's lower case depends on its place
+    "猫 😀 &amp;amp; caf\u00e9 donâ€™t ΣΊΣΥΦΟΣ 👩🏽‍🚀 It's 123",
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen",
+]
+# Sizes whose margin beside the centre crop is even: the peers put an odd pixel on different sides.
+SIZES = [(24, 24), (64, 64), (90, 60), (36, 72), (24, 30)]
+
+pytestmark = [
+    pytest.mark.peer,
+    pytest.mark.skipif(
+        not PYTHON.exists(), reason=f"no peer environment at {PYTHON}: run `make peer`"
+    ),
+]
+
+
+def pool_captions(count):
+    shard = sorted((ROOT / "examples" / "emoji" / "pool").glob("*.parquet"))[0]
+    return pq.read_table(shard, columns=["caption"])["caption"].to_pylist()[:count]
+
+
+def make(path, activation):
+    """A small model with every parameter off its initial value, so that a mix-up shows."""
+    torch.manual_seed(0)
+    tokenizer = BpeTokenizer(path=path, context_length=14)
+    image = VisionTransformer(
+        image_size=24, patch_size=8, width=32, layers=3, heads=4, activation=activation
+    )
+    text = TextTransformer(
+        vocab_size=tokenizer.vocab_size,
+        context_length=14,
+        width=24,
+        layers=2,
+        heads=2,
+        mlp_ratio=2.7,
+        activation=activation,
+    )
+    model = CLIP(image=image, text=text, embed_dim=20)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    transform = ImageTransform(image_size=24, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+    return TrainedClip(model=model, tokenizer=tokenizer, transform=transform)
+
+
+def pictures():
+    rng = np.random.default_rng(0)
+    images = []
+    for width, height in SIZES:
+        pixels = rng.integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+        sink = io.BytesIO()
+        Image.fromarray(pixels).resize((width, height)).save(sink, "PNG")
+        images.append(sink.getvalue())
+    return images
+
+
+def in_open_clip(directory, inputs, folder):
+    torch.save(inputs, folder / "inputs.pt")
+    script = Path(__file__).with_name("open_clip_features.py")
+    done = subprocess.run(
+        [PYTHON, script, directory, folder / "inputs.pt", folder / "outputs.pt"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "outputs.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("vocabulary", ["clip", "small"])
+def test_open_clip_embeds_as_we_do(vocabulary, activation, tmp_path):
+    captions = CAPTIONS + pool_captions(1000)
+    path = "clip"
+    if vocabulary == "small":
+        path = str(tmp_path / "bpe")
+        train_bpe(captions, vocab_size=1000, directory=path)
+    trained = make(path, activation)
+    OpenClip().write(trained, tmp_path / "exported")
+    images = pictures()
+    inputs = {
+        "pixels": torch.randn(5, 3, 24, 24),
+        "images": images,
+        "captions": captions,
+        "token_ids": trained.tokenizer(captions),
+    }
+    theirs = in_open_clip(tmp_path / "exported", inputs, tmp_path)
+
+    with torch.no_grad():
+        image_embed = trained.model.encode_image(inputs["pixels"])
+    text_embed = trained.text_embed(captions)
+    assert image_embed.std() > 0.1
+    for name, ours in (
+        ("image_embed", image_embed),
+        ("text_embed", text_embed),
+        ("own_text_embed", text_embed),  # raw captions, through the exported tokenizer
+        ("from_pretrained_text_embed", text_embed),
+        ("logit_scale", trained.model.logit_scale),
+    ):
+        difference = (theirs[name] - ours).abs().max()
+        assert difference < 1e-5, f"{name} differs by {difference}"
+
+    pixels = torch.stack([trained.transform.evaluate(image) for image in images])
+    prepared = trained.transform.normalise(pixels)
+    torch.testing.assert_close(theirs["prepared"], prepared, atol=1e-5, rtol=0)
+
+
+def test_our_clip_tokenizer_is_theirs(tmp_path):
+    """Raw captions, cleaning included, id by id; only literal names of special tokens differ."""
+    trained = make("clip", "gelu")
+    OpenClip().write(trained, tmp_path / "exported")
+    captions = CAPTIONS + pool_captions(3000)
+    tokenizer = BpeTokenizer(context_length=77)
+    inputs = {
+        "pixels": torch.randn(1, 3, 24, 24),
+        "images": pictures()[:1],
+        "captions": captions,
+        "token_ids": trained.tokenizer(captions),
+    }
+    theirs = in_open_clip(tmp_path / "exported", inputs, tmp_path)
+    assert theirs["tokenizer"] == "SimpleTokenizer"
+    assert torch.equal(theirs["simple_token_ids"], tokenizer(captions))
+    assert torch.equal(theirs["token_ids"], trained.tokenizer(captions))
