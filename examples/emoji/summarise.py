@@ -41,7 +41,8 @@ table { border-collapse: collapse } td, th { padding: .35em .9em; text-align: ri
 tr { border-bottom: 1px solid #e3e8ec } td:first-child, th:first-child { text-align: left }
 .hits { display: flex; gap: 6px } .hits img { width: 56px; height: 56px; border-radius: 6px }
 .hits img { border: 3px solid #eef1f3; padding: 2px } .hits img.right { border-color: #3c9a5f }
-svg { max-width: 100%; height: auto }
+.hits { min-width: 410px } svg { max-width: 100%; height: auto }
+table.pictures th { text-align: left }
 """.strip()
 
 
@@ -130,7 +131,7 @@ def retrieval_section(out: Path, seed: int, data: Path) -> str:
             )
             cells.append(f"<td><div class=hits>{pictures}</div>")
         body.append(f"<tr><td>{html.escape(name)}{''.join(cells)}")
-    return f"<table><tr><th>caption<th>raw<th>curated{''.join(body)}</table>"
+    return f"<table class=pictures><tr><th>caption<th>raw<th>curated{''.join(body)}</table>"
 
 
 def thumbnail(data: bytes) -> str:

@@ -1,0 +1,35 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Needs Python >= 3.11, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: demo test test-all lint env peer clean
+
+demo: env ## the whole pipeline on the sample pool; look at runs/demo/index.html
+	examples/emoji/run.sh
+
+test: env ## the fast suite
+	$(BIN)/python -m pytest -m "not slow and not slurm and not ray"
+
+test-all: env ## everything that this machine can run
+	$(BIN)/python -m pytest
+
+lint: env ## style, and the floors of docs/architecture.md
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q tests/test_floors.py
+
+env: $(VENV)/.installed ## the virtual environment
+
+$(VENV)/.installed: pyproject.toml requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch -c requirements/constraints.txt
+	$(BIN)/python -m pip install --quiet -e ".[dev]" -c requirements/constraints.txt
+	touch $@
+
+peer: ## open_clip in an environment of its own, for the tests marked `peer`
+	requirements/install_peer.sh .venv-peer $(PYTHON)
+
+clean: ## remove what the commands above made, but not runs/
+	rm -rf $(VENV) .venv-peer .pytest_cache .ruff_cache
