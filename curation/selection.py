@@ -86,16 +86,18 @@ def select(
         )
     ]
     parts = _parts(pool, facts, selectors)
-    parts = _apply("unique_uid", parts, _repeated_uids(parts), {}, pool, steps, rejections)
+    parts = _apply("unique_uid", parts, _repeated_uids(parts), {}, steps, rejections)
+    if not steps[-1]["kept"]:
+        raise ValueError(_nothing_left(steps))
     for name, selector in tqdm(selectors.items(), desc="select", unit="step"):
         wanted = ["uid", *selector.reads]
         measures = [selector.measure(part.select(wanted)) for part in parts]
         combined = selector.combine(measures)
         reasons = [selector.apply(part.select(wanted), combined, seed) for part in parts]
-        parts = _apply(name, parts, reasons, configs[name], pool, steps, rejections)
+        parts = _apply(name, parts, reasons, configs[name], steps, rejections)
+        if not steps[-1]["kept"]:
+            raise ValueError(_nothing_left(steps))
     plan = pa.concat_tables(parts)
-    if not plan.num_rows:
-        raise ValueError(_nothing_left(steps))
     selection.folder.mkdir(parents=True, exist_ok=True)
     write_table(selection.folder / "plan.parquet", _plan(plan, facts))
     write_table(selection.folder / "rejected.parquet", pa.concat_tables(rejections).sort_by("uid"))
@@ -178,7 +180,6 @@ def _apply(
     parts: list[pa.Table],
     reasons: list[pa.Array],
     config: Any,
-    pool: Pool,
     steps: list[dict[str, Any]],
     rejections: list[pa.Table],
 ) -> list[pa.Table]:
