@@ -87,10 +87,7 @@ def test_every_step_counts_and_a_changed_threshold_recomputes_no_fact(
         assert step["read"] == step["kept"] + sum(step["dropped"].values())
     for before, after in zip(first.steps, first.steps[1:], strict=False):
         assert before["kept"] == after["read"]
-    assert (
-        steps["clip_score"]["dropped"] == {"clip_score": 40 - int(40 * 0.75)}
-        or steps["clip_score"]["dropped"]["clip_score"] > 0
-    )
+    assert steps["clip_score"]["dropped"] == {"clip_score": 10}
     was = facts(pool)
     assert len({name.split("-")[0] for name in was}) == 5  # ingest and four annotators
 
@@ -143,7 +140,7 @@ def test_a_changed_entry_list_recomputes_only_what_reads_it(parquet_pool, tmp_pa
 
 def test_an_empty_selection_says_which_step_to_loosen(parquet_pool, tmp_path, entries, proxy):
     pool = parquet_pool(40)
-    with pytest.raises(ValueError, match=r"keeps nothing.*loosen select\.clip_score") as caught:
+    with pytest.raises(ValueError, match=r"(?s)keeps nothing.*loosen select\.clip_score") as caught:
         curate(
             pool,
             tmp_path / "a",
@@ -173,7 +170,7 @@ def test_the_report_shows_every_step(parquet_pool, tmp_path, entries, proxy):
         "Kept",
     ):
         assert words in page
-    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "")
+    assert "src='http" not in page and "href='http" not in page  # nothing is fetched
 
 
 def test_uid_order_of_pool_rows_does_not_matter(parquet_pool, tmp_path, entries, proxy):
