@@ -6,8 +6,6 @@ rest, so the same line
 continues a killed run, and a changed threshold costs seconds.
 """
 
-import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from rich.table import Table
 from curation.pool import Facts, Pool, annotate_unit, default_cache, ingest_file
 from curation.report import write_report
 from curation.selection import Selection, select
-from pipeline.config import CONF, build, check
+from pipeline.config import CONF, build, check, user_errors
 
 STAGES = ("ingest", "annotate", "select", "pack")
 
@@ -91,13 +89,9 @@ def show(selection: Selection) -> None:
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="curate")
 def main(cfg: DictConfig) -> None:
-    """Compose, check, run; a user's mistake ends with one message and exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+    """Compose, check, run."""
+    with user_errors("clip-curate"):
         run(cfg)
-    except ValueError as error:
-        print(f"clip-curate: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

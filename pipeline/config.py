@@ -7,9 +7,14 @@ paths; nothing
 is built for it. Cross-field arithmetic (batch sizes, lengths) is checked by `arithmetic`.
 """
 
+import contextlib
 import inspect
+import logging
+import os
 import pkgutil
+import sys
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -230,3 +235,19 @@ def check(cfg: DictConfig, *, world_size: int = 1, complete: bool = True) -> Non
     if found:
         lines = "\n".join(f"  {line}" for line in dict.fromkeys(found))
         raise ValueError(f"{len(found)} problem(s) in the config:\n{lines}")
+
+
+@contextlib.contextmanager
+def user_errors(command: str) -> Iterator[None]:
+    """A user's mistake (ValueError) ends a command with one message and exit code 2.
+
+    PAIRWRIGHT_TRACEBACK=1 shows where it was raised instead. Also sets up the command's log lines.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("PAIRWRIGHT_TRACEBACK"):
+            raise
+        print(f"{command}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -6,8 +6,6 @@ Prints a table, writes <run>/eval/<task>.json (or out=DIR) and returns {"eval/<t
 """
 
 import logging
-import os
-import sys
 from pathlib import Path
 
 import hydra
@@ -15,7 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import CONF, build, check
+from pipeline.config import CONF, build, check, user_errors
 from pipeline.evals.task import run_task
 from pipeline.evals.trained import TrainedClip
 from pipeline.shards import write_json
@@ -53,16 +51,10 @@ def table(numbers: dict[str, float], *, title: str) -> Table:
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
 def main(config: DictConfig) -> dict[str, float]:
-    """Check, evaluate, print; a user's mistake ends with one message and exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+    """Check, evaluate, print."""
+    with user_errors("clip-eval"):
         check(config)
         numbers = evaluate(config)
-    except ValueError as error:
-        if os.environ.get("PAIRWRIGHT_TRACEBACK"):
-            raise
-        print(f"clip-eval: {error}", file=sys.stderr)
-        sys.exit(2)
     Console().print(table(numbers, title=config.run))
     return numbers
 

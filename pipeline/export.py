@@ -5,14 +5,12 @@ python -m pipeline.export run=runs/demo format=open_clip out=exported
 python -m pipeline.export run=runs/demo format=features format.shards=curated out=features
 """
 
-import os
-import sys
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
-from pipeline.config import CONF, build, check
+from pipeline.config import CONF, build, check, user_errors
 from pipeline.evals.trained import TrainedClip
 
 
@@ -28,15 +26,10 @@ def export(config: DictConfig) -> Path:
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="export")
 def main(config: DictConfig) -> None:
-    """Check, export, say where; a user's mistake ends with one message and exit code 2."""
-    try:
+    """Check, export, say where."""
+    with user_errors("clip-export"):
         check(config)
         out = export(config)
-    except ValueError as error:
-        if os.environ.get("PAIRWRIGHT_TRACEBACK"):
-            raise
-        print(f"clip-export: {error}", file=sys.stderr)
-        sys.exit(2)
     for path in sorted(path for path in out.iterdir() if path.is_file()):
         print(f"{path}  {path.stat().st_size:,} bytes")
 

@@ -69,6 +69,7 @@ class Hashes:
     }
 
     def annotate(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Hash every image; a bad one gets nulls and its reason."""
         rows: list[dict[str, Any]] = []
         thumbnails = []
         for sample in batch:

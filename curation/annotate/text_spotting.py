@@ -118,6 +118,7 @@ class TextSpotting:
         ]
 
     def annotate(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Read every image; one that fails gets no regions and a reason."""
         self.build()  # outside the try: without an engine the run must stop, unlike for a bad image
         rows = []
         for sample in batch:

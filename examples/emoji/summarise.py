@@ -13,12 +13,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from curation.report import svg
 from pipeline.data.images import decode
 from pipeline.evals.labelled_images import LabelledImages, prompt
 from pipeline.evals.trained import TrainedClip
@@ -159,10 +159,7 @@ def loss_curves(out: Path, seeds: list[int]) -> str:
             )
     axis.set(xlabel="pairs seen", ylabel="training loss")
     axis.legend()
-    sink = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "pairwright", "svg.fonttype": "none"}):
-        figure.savefig(sink, format="svg", metadata={"Date": None})
-    return "<svg" + sink.getvalue().partition("<svg")[2]
+    return svg(figure)
 
 
 def page(out: Path, summary: dict[str, Any], seeds: list[int], data: Path) -> str:

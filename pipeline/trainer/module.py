@@ -87,6 +87,7 @@ class ContrastiveModule(pl.LightningModule):
         return self.optimizer.make(self)
 
     def on_train_start(self) -> None:
+        """Set up the step, once the strategy has wrapped the model."""
         wrapped = self.trainer.strategy.model
         distributed = isinstance(wrapped, DistributedDataParallel)
         self.step = CachedContrastiveStep(
@@ -117,6 +118,7 @@ class ContrastiveModule(pl.LightningModule):
         return None if kept is None else kept.to(self.device)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """One optimizer step on the local batch of ShardStream."""
         started = time.perf_counter()
         self.waited += started - self.mark
         self.bad_records += int(batch["bad"])

@@ -168,5 +168,5 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
 def test_the_resolved_config_is_left_beside_the_metrics(data, tmp_path):
     train(data, tmp_path, "a", "samples_seen=96")
     config = (tmp_path / "a" / "config.yaml").read_text()
-    assert "context_length: 24" in config and "${" not in config
+    assert "context_length: 16" in config and "${" not in config
     json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[0])
