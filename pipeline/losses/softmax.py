@@ -15,9 +15,19 @@ class SoftmaxLoss(nn.Module):
 
     Mean over the B local rows; after data-parallel averaging value and gradient, the scale's
     included, equal those of one process holding all G pairs.
+    label_smoothing: share e of each target that is spread evenly over all G (arXiv:1512.00567, sec.
+    7): 1 - e + e/G on the own pair, e/G elsewhere. With noisy or repeated captions some of a batch's
+    negatives are none; a little smoothing stops the model from insisting on them. CLIP has 0.
     Price: two B x G logit matrices and their softmax per rank (one matrix if this rank holds all
     pairs).
+    Raises ValueError unless 0 <= label_smoothing < 1.
     """
+
+    def __init__(self, *, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing {label_smoothing} is outside [0, 1)")
+        self.label_smoothing = label_smoothing
 
     def forward(self, features: PairFeatures) -> Tensor:
         scaled_image_embed = features.logit_scale * features.image_embed
@@ -28,4 +38,8 @@ class SoftmaxLoss(nn.Module):
         else:
             text_logits = (features.logit_scale * features.text_embed) @ features.all_image_embed.T
         own = torch.arange(features.offset, features.offset + local, device=image_logits.device)
-        return (F.cross_entropy(image_logits, own) + F.cross_entropy(text_logits, own)) / 2
+        losses = [
+            F.cross_entropy(logits, own, label_smoothing=self.label_smoothing)
+            for logits in (image_logits, text_logits)
+        ]
+        return sum(losses) / 2

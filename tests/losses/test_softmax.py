@@ -103,3 +103,33 @@ def test_large_scale_does_not_overflow() -> None:
     embed = torch.eye(4)
     loss = evaluate(embed, embed.roll(1, 0), torch.tensor(100.0).log())
     assert loss.item() == pytest.approx(100.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_label_smoothing_is_cross_entropy_with_a_soft_target(smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, text = (
+        torch.nn.functional.normalize(
+            torch.randn(7, 5, generator=generator, dtype=torch.float64), dim=-1
+        )
+        for _ in range(2)
+    )
+    features = PairFeatures(
+        image_embed=image,
+        text_embed=text,
+        all_image_embed=image,
+        all_text_embed=text,
+        offset=0,
+        logit_scale=torch.tensor(9.0, dtype=torch.float64),
+    )
+    target = torch.eye(7, dtype=torch.float64) * (1 - smoothing) + smoothing / 7
+    logits = 9 * image @ text.T
+    expected = sum(-(target * z.log_softmax(dim=1)).sum(1).mean() for z in (logits, logits.T)) / 2
+    value = SoftmaxLoss(label_smoothing=smoothing)(features)
+    torch.testing.assert_close(value, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_label_smoothing_out_of_range_is_named(smoothing: float) -> None:
+    with pytest.raises(ValueError, match=f"label_smoothing {smoothing}"):
+        SoftmaxLoss(label_smoothing=smoothing)
