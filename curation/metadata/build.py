@@ -156,6 +156,7 @@ def read_captions(files: Iterable[Path], *, column: str) -> Iterator[str]:
 
 
 def main() -> None:
+    """Read captions from Parquet files, build, write."""
     parser = argparse.ArgumentParser(description="Build the entry list of a pool.")
     parser.add_argument("--captions", type=Path, nargs="+", required=True, help="Parquet files")
     parser.add_argument("--column", default="caption")

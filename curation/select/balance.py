@@ -136,6 +136,7 @@ class Balance:
         return Balanced(counts, limit, keep_probability(counts=counts, max_pairs_per_entry=limit))
 
     def apply(self, part: pa.Table, combined: Balanced, seed: int) -> pa.Array:
+        """head, no_entry, or null."""
         column = part["entries"].combine_chunks()
         lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
         dropped = 1.0 - combined.probability[pc.list_flatten(column).to_numpy().astype(np.int64)]

@@ -205,6 +205,7 @@ def verdict(summary: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Read what the stages left, write summary.json and index.html, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", required=True)

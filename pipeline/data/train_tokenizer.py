@@ -12,6 +12,7 @@ from pipeline.shards import records
 
 
 def main() -> None:
+    """Read a dataset's captions, learn, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=Path, required=True, help="a dataset of ours")
     parser.add_argument("--vocab-size", type=int, default=4096, help="ids, SOT and EOT included")

@@ -16,7 +16,7 @@ class SoftmaxLoss(nn.Module):
     Mean over the B local rows; after data-parallel averaging value and gradient, the scale's
     included, equal those of one process holding all G pairs.
     label_smoothing: share e of each target that is spread evenly over all G (arXiv:1512.00567, sec.
-    7): 1 - e + e/G on the own pair, e/G elsewhere. With noisy or repeated captions some of a batch's
+    7): 1 - e + e/G on the own pair, e/G elsewhere. Where captions repeat, some of a batch's
     negatives are none; a little smoothing stops the model from insisting on them. CLIP has 0.
     Price: two B x G logit matrices and their softmax per rank (one matrix if this rank holds all
     pairs).
@@ -30,6 +30,7 @@ class SoftmaxLoss(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, features: PairFeatures) -> Tensor:
+        """The scalar of this rank."""
         scaled_image_embed = features.logit_scale * features.image_embed
         image_logits = scaled_image_embed @ features.all_text_embed.T
         local, total = image_logits.shape
