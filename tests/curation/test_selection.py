@@ -87,11 +87,11 @@ def test_every_step_counts_and_a_changed_threshold_recomputes_no_fact(
         assert step["read"] == step["kept"] + sum(step["dropped"].values())
     for before, after in zip(first.steps, first.steps[1:], strict=False):
         assert before["kept"] == after["read"]
-    assert steps["clip_score"]["dropped"] == {"clip_score": 10}
+    assert steps["neighbours"]["dropped"] == {"neighbours": 10}
     was = facts(pool)
     assert len({name.split("-")[0] for name in was}) == 5  # ingest and four annotators
 
-    second = curate(pool, tmp_path / "b", entries, proxy, "select.clip_score.fraction=0.5")
+    second = curate(pool, tmp_path / "b", entries, proxy, "select.neighbours.fraction=0.5")
     assert facts(pool) == was
     assert second.fingerprint != first.fingerprint
     assert (
@@ -146,6 +146,7 @@ def test_an_empty_selection_says_which_step_to_loosen(parquet_pool, tmp_path, en
             tmp_path / "a",
             entries,
             proxy,
+            "order=[clip_score]",
             "select.clip_score.fraction=null",
             "select.clip_score.threshold=2.0",
         )
@@ -154,7 +155,7 @@ def test_an_empty_selection_says_which_step_to_loosen(parquet_pool, tmp_path, en
 
 
 def test_a_selector_without_its_annotator_names_the_column(parquet_pool, tmp_path, entries, proxy):
-    with pytest.raises(ValueError, match=r"select\.clip_score needs the column 'clip_score'"):
+    with pytest.raises(ValueError, match=r"needs the column '(image_embed|clip_score)'"):
         curate(parquet_pool(8), tmp_path / "a", entries, proxy, "~annotate.embed")
 
 
