@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline on 11,092 pairs, to be read from top to bottom. `make demo` runs it.
 #
-#   STEPS=500   optimizer steps of each training run (256 pairs each)
+#   STEPS=800   optimizer steps of each training run (256 pairs each)
 #   SEEDS="0"   training seeds; "0 1 2" shows the spread and takes three times as long to train
 #   OUT=runs/demo
 #
@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-STEPS=${STEPS:-500} SEEDS=${SEEDS:-0} OUT=${OUT:-runs/demo}
+STEPS=${STEPS:-800} SEEDS=${SEEDS:-0} OUT=${OUT:-runs/demo}
 POOL=examples/emoji/pool
 export WANDB_MODE=${WANDB_MODE:-offline} WANDB_SILENT=true
 mkdir -p "$OUT"

@@ -200,7 +200,7 @@ def verdict(summary: dict[str, Any]) -> str:
         return f"Curated beats raw: top-5 {100 * curated:.1f} % against {100 * raw:.1f} %."
     return (
         f"Curated does NOT beat raw: top-5 {100 * curated:.1f} % against {100 * raw:.1f} %. "
-        "Expected after a shortened run (STEPS below 500); otherwise look at curated/report.html."
+        "Expected after a shortened run (STEPS below 800); otherwise look at curated/report.html."
     )
 
 
