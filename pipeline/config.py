@@ -4,7 +4,7 @@ A component is a plain class chosen by `_target_`; its constructor's signature i
 `problems` compares
 every node of a composed config with that signature and reports all mistakes at once, with their
 paths; nothing
-is built for it. Cross-field arithmetic (batch sizes, lengths) is checked by `arithmetic`.
+is built for it. Cross-field arithmetic (batch sizes, lengths) is checked by `batch_problems`.
 """
 
 import contextlib
