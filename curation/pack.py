@@ -5,37 +5,63 @@ pool, config and seed;
 not of workers, nor of how often the run was killed. `manifest.json` comes last.
 """
 
+import contextlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.engine import LocalEngine, Unit
 from curation.ingest import read_images
 from curation.pool import Pool
-from curation.selection import Selection
-from pipeline.shards import Record, write_json, write_manifest, write_shard, write_table
+from curation.selection import ROWS_PER_GROUP, Selection
+from curation.step import fingerprint
+from pipeline.shards import (
+    CAPTION,
+    CAPTIONS,
+    ROLES,
+    Record,
+    read_rows,
+    write_json,
+    write_manifest,
+    write_shard,
+    write_table,
+)
 
 log = logging.getLogger(__name__)
+PLACES = "places.parquet"  # of each row of the plan: where its image is read
 
 
 class Pack:
     """records_per_shard: 10,000 is img2dataset's and open_clip's habit; small enough to shuffle by
     shards.
+    primary: roles in order of preference for the primary caption (`{uid}.txt`, what every reader
+        trains on); the first that a pair has is taken, the pool's own text if none.
     """
 
-    def __init__(self, *, records_per_shard: int = 10_000):
+    def __init__(self, *, records_per_shard: int = 10_000, primary: Sequence[str] = ("alt",)):
         if records_per_shard < 1:
             raise ValueError(f"records_per_shard {records_per_shard}: must be at least 1")
+        unknown = [role for role in primary if role not in ROLES]
+        if unknown:
+            raise ValueError(f"primary {unknown}: roles are {', '.join(ROLES)}")
         self.records_per_shard = records_per_shard
+        self.primary = tuple(primary)
+
+    def fingerprint(self, selection: Selection) -> str:
+        """Names the bytes of the shards: the selection and this object's settings."""
+        return fingerprint(selection.fingerprint, self.records_per_shard, self.primary)
 
     def run(
         self, pool: Pool, selection: Selection, out: Path, engine: LocalEngine, *, seed: int
@@ -44,21 +70,29 @@ class Pack:
 
         None: `out` already holds exactly this selection. Another selection in `out` is replaced.
         """
-        mark = out / f".pack-{selection.fingerprint}-{self.records_per_shard}"
-        if finished(out, selection, self.records_per_shard):
+        name = self.fingerprint(selection)
+        if finished(out, name):
             log.info("pack: %s is this selection already", out)
             return None
+        mark, logs = out / f".pack-{name}", pool.cache / "logs" / f"pack-{name}"
         if not mark.exists():
             remove_dataset(out)
             mark.mkdir(parents=True)
-        plan = selection.plan(["uid"])
+        plan = selection.plan(["file", "row", "num_bytes"])
+        shards = -(-plan.num_rows // self.records_per_shard)
+        images = place_images(pool, plan, mark, exchange=shards > 1)
+        spools = [
+            Unit(mark / spool, (pool, selection, file, mark / spool), size)
+            for file, (spool, size) in images.spools.items()
+        ]
+        engine.run("exchange", spool_images, spools, logs, measure="B")
         units = []
         for number, start in enumerate(range(0, plan.num_rows, self.records_per_shard)):
-            name = f"shard-{number:06d}"
+            shard = f"shard-{number:06d}"
             count = min(self.records_per_shard, plan.num_rows - start)
-            arguments = (pool, selection, out, name, start, count, mark / f"{name}.json")
-            units.append(Unit(mark / f"{name}.json", arguments, count))
-        engine.run("pack", pack_shard, units, pool.cache / "logs" / mark.name[1:])
+            arguments = (pool, selection, mark, self.primary, out, shard, start, count)
+            units.append(Unit(mark / f"{shard}.json", arguments, count))
+        engine.run("pack", pack_shard, units, logs)
         shards = [json.loads(unit.marker.read_text()) for unit in units]
         write_table(out / "rejected.parquet", selection.rejected())
         return {
@@ -71,6 +105,7 @@ class Pack:
             "version": version("pairwright"),
             "created_by_commit": commit(),
             "selection": selection.fingerprint,
+            "pack": name,
             "records_per_shard": self.records_per_shard,
         }
 
@@ -83,14 +118,10 @@ class Pack:
             shutil.rmtree(mark)
 
 
-def finished(out: Path, selection: Selection, records_per_shard: int) -> bool:
-    """Whether `out` is a complete dataset of this selection."""
+def finished(out: Path, name: str) -> bool:
+    """Whether `out` is a complete dataset of this selection and these settings."""
     path = out / "manifest.json"
-    if not path.exists():
-        return False
-    manifest = json.loads(path.read_text())
-    wanted = (selection.fingerprint, records_per_shard)
-    return (manifest.get("selection"), manifest.get("records_per_shard")) == wanted
+    return path.exists() and json.loads(path.read_text()).get("pack") == name
 
 
 def remove_dataset(out: Path) -> None:
@@ -115,52 +146,142 @@ def remove_dataset(out: Path) -> None:
     shutil.rmtree(out)
 
 
+@dataclass(frozen=True)
+class ImagePlaces:
+    """Where pack finds images. spools: pool file -> (name of its spool, bytes)."""
+
+    spools: dict[str, tuple[str, int]]
+
+
+def place_images(pool: Pool, plan: pa.Table, mark: Path, *, exchange: bool) -> ImagePlaces:
+    """Decide where each image of the plan will be read from, and write that to `mark`, once.
+
+    In a tar any image can be read where it lies. A Parquet file has to be decoded from its start,
+    so with several shards each is read once and its kept images are laid out in the plan's order
+    (the exchange): a shard then reads one contiguous piece of each spool.
+    """
+    files = plan["file"].dictionary_encode().combine_chunks()
+    names, codes = files.dictionary.to_pylist(), files.indices.to_numpy()
+    sizes, offsets = plan["num_bytes"].to_numpy(), plan["row"].to_numpy().copy()
+    spools = {}
+    for code, name in enumerate(names):
+        if not name.endswith(".tar") and exchange:
+            mine = codes == code
+            ends = np.cumsum(sizes[mine])
+            offsets[mine] = ends - sizes[mine]
+            spools[name] = (f"{fingerprint(name)}.spool", int(ends[-1]))
+    paths = [str(mark / spools[n][0]) if n in spools else str(pool.root / n) for n in names]
+    if not (mark / PLACES).exists():
+        path = pa.DictionaryArray.from_arrays(files.indices, pa.array(paths, pa.string()))
+        table = pa.table({"path": path.cast(pa.string()), "offset": offsets})
+        write_table(mark / PLACES, table, rows_per_group=ROWS_PER_GROUP)
+    return ImagePlaces(spools)
+
+
+def spool_images(pool: Pool, selection: Selection, file: str, spool: Path) -> None:
+    """The work of one exchange unit: the kept images of a pool file, in the plan's order."""
+    plan = selection.plan(["file", "row", "num_bytes"])
+    rows = plan.filter(pc.equal(plan["file"], file))
+    sizes = rows["num_bytes"].to_numpy()
+    rows = rows.append_column("offset", pa.array(np.cumsum(sizes) - sizes)).sort_by("row")
+    part = spool.with_name(f".{spool.name}.{os.getpid()}.part")
+    images = read_images(pool.root / file, rows["row"].to_pylist(), rows["num_bytes"].to_pylist())
+    with open(part, "wb") as sink:
+        for offset, image in zip(rows["offset"].to_pylist(), images, strict=True):
+            os.pwrite(sink.fileno(), image, offset)
+        os.fsync(sink.fileno())
+    os.replace(part, spool)
+
+
 def pack_shard(
-    pool: Pool, selection: Selection, out: Path, name: str, start: int, count: int, marker: Path
+    pool: Pool,
+    selection: Selection,
+    mark: Path,
+    primary: Sequence[str],
+    out: Path,
+    name: str,
+    start: int,
+    count: int,
 ) -> None:
     """The work of one unit: records [start, start + count) of the plan."""
-    part = selection.plan().slice(start, count)
-    write_json(marker, write_shard(out, name, shard_records(pool, part)))
+    part = read_rows(selection.folder / "plan.parquet", start, count)
+    places = read_rows(mark / PLACES, start, count)
+    records = shard_records(pool, part, places, primary)
+    write_json(mark / f"{name}.json", write_shard(out, name, records))
 
 
-def shard_records(pool: Pool, part: pa.Table) -> Iterator[Record]:
-    """The records of a slice of the plan, in its order.
+def shard_records(
+    pool: Pool, part: pa.Table, places: pa.Table, primary: Sequence[str]
+) -> Iterator[Record]:
+    """The records of a slice of the plan, in its order; memory holds one image at a time."""
+    scores = [f.name for f in part.schema if pa.types.is_floating(f.type)]
+    banks = [f.name for f in part.schema if f.type == CAPTIONS]
+    paths, offsets = places["path"].to_pylist(), places["offset"].to_pylist()
+    files: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        images: Any = None
+        if any(path.endswith(".parquet") for path in set(paths)):
+            images = stack.enter_context(_decoded(part, paths, offsets))
+        for position, row in enumerate(_rows(part)):
+            path, offset = paths[position], offsets[position]
+            if path.endswith(".parquet"):
+                image = images(position)
+            else:
+                if path not in files:
+                    files[path] = stack.enter_context(open(path, "rb"))
+                image = os.pread(files[path].fileno(), row["num_bytes"], offset)
+            yield record(pool, row, image, scores, banks, primary)
 
-    Images are copied from the pool file by file into a spool on disk, so memory holds one at a
-    time.
-    """
-    part = part.append_column("position", pa.array(range(part.num_rows), pa.int64()))
-    scores = [n for n in part.column_names if pa.types.is_floating(part.schema.field(n).type)]
+
+@contextlib.contextmanager
+def _decoded(part: pa.Table, paths: list[str], rows: list[int]) -> Iterator[Any]:
+    """Images of Parquet files by position, when no exchange was worth it: a spool on disk."""
+    sizes, where = part["num_bytes"].to_pylist(), {}
     with tempfile.TemporaryFile() as spool:
-        where: dict[int, tuple[int, int]] = {}
-        for name in sorted(set(part["file"].to_pylist())):
-            rows = part.filter(pc.equal(part["file"], name)).sort_by("row")
-            images = read_images(
-                pool.root / name, rows["row"].to_pylist(), rows["num_bytes"].to_pylist()
-            )
-            for position, image in zip(rows["position"].to_pylist(), images, strict=True):
+        for path in sorted({path for path in paths if path.endswith(".parquet")}):
+            mine = sorted((rows[i], i) for i, other in enumerate(paths) if other == path)
+            images = read_images(Path(path), [r for r, _ in mine], [sizes[i] for _, i in mine])
+            for (_, position), image in zip(mine, images, strict=True):
                 where[position] = (spool.tell(), len(image))
                 spool.write(image)
-        for row in part.to_pylist():
-            start, size = where[row["position"]]
-            spool.seek(start)
-            yield record(pool, row, spool.read(size), scores)
+        spool.flush()
+        yield lambda position: os.pread(spool.fileno(), where[position][1], where[position][0])
 
 
-def record(pool: Pool, row: dict[str, Any], image: bytes, scores: list[str]) -> Record:
+def _rows(part: pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows as dicts, in batches: a shard's rows at once would be a gigabyte of Python."""
+    for batch in part.to_batches(max_chunksize=1024):
+        names = batch.schema.names
+        for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            yield dict(zip(names, values, strict=True))
+
+
+def record(
+    pool: Pool,
+    row: dict[str, Any],
+    image: bytes,
+    scores: list[str],
+    banks: list[str],
+    primary: Sequence[str],
+) -> Record:
     """A plan row and its image as a record of contract 1."""
     info = {key: row[key] for key in ("uid", "width", "height", "sha256")}
-    info["captions"] = [
-        {"text": row["caption"], "role": "alt", "source": "pool", "lang": None, "score": None}
-    ]
+    captions = [{"text": row["caption"], "role": "alt", "source": "pool"}]
+    for bank in banks:
+        captions += row[bank] or []
+    for caption in captions:
+        caption |= {key: caption.get(key) for key in CAPTION.names}
+    info["captions"] = captions
     if row["url"] is not None:
         info["url"] = row["url"]
     info["stats"] = {name: row[name] for name in scores if row[name] is not None}
     if "entries" in row:
         info["entries"] = row["entries"]
     info["provenance"] = {"pool": pool.root.name, "shard": row["file"], "key": row["key"]}
-    assert len(image) == row["num_bytes"], f"{row['key']}: image changed under us"
-    return Record(row["uid"], image, row["extension"], row["caption"], info)
+    if len(image) != row["num_bytes"]:
+        raise ValueError(f"{row['file']}: the image of {row['key']} changed since it was ingested")
+    text = next((c["text"] for role in primary for c in captions if c["role"] == role), None)
+    return Record(row["uid"], image, row["extension"], text or row["caption"], info)
 
 
 def commit() -> str | None:

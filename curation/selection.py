@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from curation.ingest import ROWS
 from curation.pool import Facts, Pool
-from curation.step import Selector, fingerprint
-from pipeline.shards import write_json, write_table
+from curation.step import Scoring, Selector, fingerprint
+from pipeline.shards import CAPTIONS, write_json, write_table
 
 REJECTIONS = pa.schema([("uid", pa.string()), ("step", pa.string()), ("reason", pa.string())])
-WHERE = ["file", "row", "num_bytes"]
+ROWS_PER_GROUP = 10_000  # of the plan: a shard reads the groups it needs
 
 
 @dataclass(frozen=True)
@@ -94,69 +94,92 @@ def select(
         measures = [selector.measure(part.select(wanted)) for part in parts]
         combined = selector.combine(measures)
         reasons = [selector.apply(part.select(wanted), combined, seed) for part in parts]
+        if isinstance(selector, Scoring):
+            parts = [_scored(part, wanted, selector, combined, seed) for part in parts]
         parts = _apply(name, parts, reasons, configs[name], steps, rejections)
         if not steps[-1]["kept"]:
             raise ValueError(_nothing_left(steps))
-    plan = pa.concat_tables(parts)
+    plan = _plan(pa.concat_tables(parts))
     selection.folder.mkdir(parents=True, exist_ok=True)
-    write_table(selection.folder / "plan.parquet", _plan(plan, facts))
+    write_table(selection.folder / "plan.parquet", plan, rows_per_group=ROWS_PER_GROUP)
     write_table(selection.folder / "rejected.parquet", pa.concat_tables(rejections).sort_by("uid"))
     write_json(selection.folder / "steps.json", steps)
     return selection
 
 
-def _providers(facts: Mapping[str, Facts]) -> dict[str, str]:
-    """Which annotator provides a column. Raises ValueError when two do."""
-    found: dict[str, str] = {}
-    for name, fact in facts.items():
-        for column in fact.annotator.columns:
+def _providers(facts: Mapping[str, Facts], selectors: Mapping[str, Selector]) -> dict[str, str]:
+    """Which node makes a column. Raises ValueError when two do."""
+    made = {f"annotate.{name}": fact.annotator.columns for name, fact in facts.items()}
+    made |= {f"select.{name}": s.columns for name, s in selectors.items() if isinstance(s, Scoring)}
+    found: dict[str, str] = dict.fromkeys(ROWS.names, "ingest")
+    for node, columns in made.items():
+        for column in columns:
             if column in found:
-                raise ValueError(
-                    f"annotate.{name} and annotate.{found[column]} both make {column!r}"
-                )
-            found[column] = name
+                raise ValueError(f"{node} and {found[column]} both make the column {column!r}")
+            found[column] = node
     return found
 
 
-def _packed(facts: Mapping[str, Facts]) -> list[str]:
-    """Columns that travel into the shards: every scalar score, and the matched entries."""
-    return [
+def travels(column: str, kind: pa.DataType) -> bool:
+    """Whether a fact goes into the shards: scores, caption banks, and the matched entries."""
+    return pa.types.is_floating(kind) or kind == CAPTIONS or column == "entries"
+
+
+def _wanted(facts: Mapping[str, Facts], selectors: Mapping[str, Selector]) -> dict[str, list[str]]:
+    """The columns to load of each annotator: those that travel and those that selectors read.
+
+    Raises ValueError for a selector that reads what nobody makes before it.
+    """
+    providers = _providers(facts, selectors)
+    wanted = {
         column
         for fact in facts.values()
         for column, kind in fact.annotator.columns.items()
-        if pa.types.is_floating(kind) or column == "entries"
-    ]
+        if travels(column, kind)
+    }
+    later = {f"select.{name}" for name in selectors}
+    for name, selector in selectors.items():
+        for column in selector.reads:
+            if column not in providers or providers[column] in later:
+                there = sorted(c for c, node in providers.items() if node not in later)
+                raise ValueError(
+                    f"select.{name} needs the column {column!r}, which nothing makes before it "
+                    f"(there are: {', '.join(there)}): add the annotator, or take {name} out of "
+                    "order"
+                )
+            wanted.add(column)
+        later.discard(f"select.{name}")
+    return {
+        name: [c for c in fact.annotator.columns if c in wanted] for name, fact in facts.items()
+    }
 
 
 def _parts(
     pool: Pool, facts: Mapping[str, Facts], selectors: Mapping[str, Selector]
 ) -> list[pa.Table]:
-    providers = _providers(facts)
-    wanted = dict.fromkeys(_packed(facts))
-    for name, selector in selectors.items():
-        for column in selector.reads:
-            if column in ROWS.names:
-                continue
-            if column not in providers:
-                raise ValueError(
-                    f"select.{name} needs the column {column!r}, which no annotator makes here "
-                    f"(there are: {', '.join(sorted(providers)) or 'none'}): add the annotator, or "
-                    f"take {name} out of order"
-                )
-            wanted[column] = None
+    wanted = _wanted(facts, selectors)
     parts = []
     for file in pool.files:
         part = pq.read_table(pool.place(file) / "rows.parquet")
         place = [str(file.relative_to(pool.root))] * part.num_rows
         part = part.append_column("file", pa.array(place, pa.string()))
-        for name, fact in facts.items():
-            columns = [column for column in wanted if providers[column] == name]
+        for name, columns in wanted.items():
             if columns:
-                table = fact.read(file, columns)
+                table = facts[name].read(file, columns)
                 for column in columns:
                     part = part.append_column(column, table[column])
         parts.append(part.combine_chunks())
     return parts
+
+
+def _scored(
+    part: pa.Table, wanted: list[str], selector: Scoring, combined: Any, seed: int
+) -> pa.Table:
+    """The part with a scoring selector's columns."""
+    scores = selector.score(part.select(wanted), combined, seed)
+    for column, kind in selector.columns.items():
+        part = part.append_column(column, scores[column].cast(kind))
+    return part
 
 
 def _repeated_uids(parts: list[pa.Table]) -> list[pa.Array]:
@@ -208,15 +231,12 @@ def _apply(
     return kept
 
 
-def _plan(plan: pa.Table, facts: Mapping[str, Facts]) -> pa.Table:
+def _plan(plan: pa.Table) -> pa.Table:
     """Sorted by uid: content hashes, so neighbours in a shard are unrelated, whatever the pool's
     order.
     """
-    scores = [column for column in _packed(facts) if column != "entries"]
-    columns = [*ROWS.names, "file", *scores]
-    if "entries" in plan.column_names:
-        columns.append("entries")
-    return plan.select(columns).sort_by("uid")
+    facts = [f.name for f in plan.schema if travels(f.name, f.type)]
+    return plan.select([*ROWS.names, "file", *facts]).sort_by("uid")
 
 
 def _nothing_left(steps: list[dict[str, Any]]) -> str:

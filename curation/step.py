@@ -10,7 +10,7 @@ Both are plain objects built from YAML; where and how often they run is the engi
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ class Annotator(Protocol):
     version: int  # raise it when the same input would give another output: old caches become stale
     needs_images: bool
     reads: tuple[str, ...]  # columns of ingest, besides uid
-    columns: dict[str, pa.DataType]
+    columns: dict[str, pa.DataType]  # floats and caption banks (CAPTIONS) travel into the shards
     inputs: dict[str, str]  # constructor argument -> file whose content the answers depend on
 
     def annotate(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -52,6 +52,20 @@ class Selector(Protocol):
 
     def apply(self, part: pa.Table, combined: Any, seed: int) -> pa.Array:
         """A string per row: the reason of its drop, null when it is kept."""
+        ...
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """A selector that also leaves facts on the rows it keeps: scores that need the whole pool.
+
+    The columns can be read by selectors behind it; float ones travel into the shards' stats.
+    """
+
+    columns: dict[str, pa.DataType]
+
+    def score(self, part: pa.Table, combined: Any, seed: int) -> dict[str, pa.Array]:
+        """A value per row of `part` (the same part that `apply` sees) for each of `columns`."""
         ...
 
 

@@ -31,19 +31,25 @@ BLOCK = 512  # a tar block
 CAPTION = pa.struct(
     [
         ("text", pa.string()),
-        ("role", pa.string()),  # alt short long rewrite paraphrase negative tag tag_negative
+        ("role", pa.string()),  # one of ROLES
         ("source", pa.string()),
         ("lang", pa.string()),
         ("score", pa.float64()),
+        # of generated captions: what made them, so that a bank of many models stays traceable
+        ("model", pa.string()),  # hash of the weights, or the server's name of the model
+        ("prompt", pa.string()),  # hash of the prompt
+        ("sampling", pa.string()),  # decoding settings, as JSON
     ]
 )
+CAPTIONS = pa.list_(CAPTION)  # a bank: what one source has to say of a pair
+ROLES = ("alt", "short", "long", "rewrite", "paraphrase", "negative", "tag", "tag_negative")
 MEMBERS = pa.struct([("image", pa.int64()), ("json", pa.int64()), ("txt", pa.int64())])
 INDEX = pa.schema(
     [
         ("uid", pa.string()),
         ("extension", pa.string()),
         ("caption", pa.string()),
-        ("captions", pa.list_(CAPTION)),
+        ("captions", CAPTIONS),
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("sha256", pa.string()),
@@ -83,7 +89,7 @@ def content_uid(image: bytes, caption: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
     """Temporary name, fsync, rename: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -100,11 +106,23 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, text.encode() + b"\n")
 
 
-def write_table(path: Path, table: pa.Table) -> None:
+def write_table(path: Path, table: pa.Table, *, rows_per_group: int | None = None) -> None:
     """A Parquet file, written atomically. The same table gives the same bytes."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_atomically(path, sink.getvalue().to_pybytes())
+    pq.write_table(table, sink, compression="zstd", row_group_size=rows_per_group)
+    write_atomically(path, sink.getvalue())
+
+
+def read_rows(path: Path, start: int, count: int) -> pa.Table:
+    """Rows [start, start + count) of a Parquet file; decodes only the row groups they are in."""
+    source, groups, first, position = pq.ParquetFile(path), [], 0, 0
+    for group in range(source.num_row_groups):
+        rows = source.metadata.row_group(group).num_rows
+        if position + rows > start and position < start + count:
+            first = first if groups else position
+            groups.append(group)
+        position += rows
+    return source.read_row_groups(groups).slice(start - first, count)
 
 
 def _member(name: str, data: bytes) -> list[bytes]:
