@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from curation.engine import Unit
 from curation.ingest import Ingest, pool_files, read_images
-from curation.step import Annotator, fingerprint
+from curation.step import Annotator, Costly, fingerprint
 from pipeline.shards import write_json, write_table
 
 ROWS_PER_UNIT = 1024  # rows of one annotation unit: what a kill can cost
@@ -112,13 +112,16 @@ class Facts:
             pool.fingerprint,
         )
         self.folder = pool.cache / f"{annotator.name}-{self.fingerprint}"
+        costly = isinstance(annotator, Costly)
+        self.rows_per_unit = annotator.rows_per_unit if costly else ROWS_PER_UNIT
 
     def unit_files(self, file: Path) -> list[tuple[Path, int, int]]:
         """(output, first row, number of rows) of each unit of a pool file."""
         place, rows = self.folder / file.relative_to(self.pool.root), self.pool.num_rows(file)
+        step = self.rows_per_unit
         return [
-            (place / f"{start:010d}.parquet", start, min(ROWS_PER_UNIT, rows - start))
-            for start in range(0, rows, ROWS_PER_UNIT)
+            (place / f"{start:010d}.parquet", start, min(step, rows - start))
+            for start in range(0, rows, step)
         ]
 
     def units(self) -> list[Unit]:

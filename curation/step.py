@@ -33,6 +33,15 @@ class Annotator(Protocol):
         ...
 
 
+@runtime_checkable
+class Costly(Protocol):
+    """An annotator so expensive that a unit of `pool.ROWS_PER_UNIT` rows would be too much to
+    lose.
+    """
+
+    rows_per_unit: int  # what a kill can cost
+
+
 class Selector(Protocol):
     """A global decision over narrow columns. The result may not depend on how rows fall into
     parts.

@@ -230,6 +230,10 @@ class Shard:
         start = int(self.offset[row])
         return self.data[start : start + int(self.size[row])]
 
+    def bank(self, row: int) -> list[dict[str, Any]]:
+        """All captions of a row, the pool's own first."""
+        return self.index["captions"][row].as_py() or []
+
     def record(self, row: int) -> Record:
         """The whole record of a row, its JSON member included."""
         values = self.index.slice(row, 1).to_pylist()[0]

@@ -23,12 +23,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from pipeline.data.images import BadImage, ImageTransform
-from pipeline.shards import Dataset
+from pipeline.data.late_balance import LateBalance
+from pipeline.shards import Dataset, Shard
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 Sample = tuple[int, int]  # (epoch, index in the epoch's order)
+CaptionSampler = Callable[[list[dict[str, Any]], str, np.random.Generator, int], str]
 
 
 def generator(*key: Any) -> np.random.Generator:
@@ -40,29 +42,67 @@ def generator(*key: Any) -> np.random.Generator:
 class ShuffledOrder:
     """The global index at any place of any epoch. `starts`: first global index of each shard, and
     the total.
+
+    keep: the pairs that take part in an epoch, as a mask over global indices; None: all, always.
     """
 
-    def __init__(self, starts: np.ndarray, *, seed: int, window_shards: int):
+    def __init__(
+        self,
+        starts: np.ndarray,
+        *,
+        seed: int,
+        window_shards: int,
+        keep: Callable[[int], np.ndarray] | None = None,
+    ):
         if window_shards < 1:
             raise ValueError(f"window_shards {window_shards}: must be at least 1")
         self.starts, self.seed, self.window_shards = starts, seed, window_shards
+        self.keep = lru_cache(2)(keep) if keep else None
         self.epoch = lru_cache(2)(self._epoch)
         self.window = lru_cache(3)(self._window)
+        self._lengths: list[int] = []
 
-    def __len__(self) -> int:
-        return int(self.starts[-1])
+    def length(self, epoch: int) -> int:
+        """Pairs of an epoch."""
+        if self.keep is None:
+            return int(self.starts[-1])
+        while len(self._lengths) <= epoch:
+            self._lengths.append(int(np.count_nonzero(self.keep(len(self._lengths)))))
+        return self._lengths[epoch]
+
+    def place(self, position: int) -> Sample:
+        """(epoch, index in it) of the position-th pair since the start of training."""
+        if self.keep is None:
+            return divmod(position, self.length(0))
+        epoch = 0
+        while position >= self.length(epoch):
+            position -= self.length(epoch)
+            epoch += 1
+        return epoch, position
+
+    def position(self, epoch: int, index: int) -> int:
+        """The inverse of `place`."""
+        if self.keep is None:
+            return epoch * self.length(0) + index
+        return sum(self.length(before) for before in range(epoch)) + index
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         shards = generator(self.seed, "shards", epoch).permutation(len(self.starts) - 1)
-        counts = np.diff(self.starts)[shards]
+        sizes = np.diff(self.starts)
+        if self.keep is not None:
+            kept = np.concatenate([[0], np.cumsum(self.keep(epoch))])
+            sizes = np.diff(kept[self.starts])
+        counts = sizes[shards]
         window_counts = np.add.reduceat(counts, np.arange(0, len(counts), self.window_shards))
         return shards, np.concatenate([[0], np.cumsum(window_counts)])
 
     def _window(self, epoch: int, window: int) -> np.ndarray:
         first = window * self.window_shards
         shards = self.epoch(epoch)[0][first : first + self.window_shards]
-        members = [np.arange(self.starts[s], self.starts[s + 1]) for s in shards]
-        return generator(self.seed, "window", epoch, window).permutation(np.concatenate(members))
+        members = np.concatenate([np.arange(self.starts[s], self.starts[s + 1]) for s in shards])
+        if self.keep is not None:
+            members = members[self.keep(epoch)[members]]
+        return generator(self.seed, "window", epoch, window).permutation(members)
 
     def __call__(self, epoch: int, index: int) -> int:
         bounds = self.epoch(epoch)[1]
@@ -74,23 +114,38 @@ class _Samples(torch.utils.data.Dataset):
     """Map (epoch, index) to (pixels, caption, uid, bad); runs in the loader's workers."""
 
     def __init__(
-        self, dataset: Dataset, order: ShuffledOrder, transform: ImageTransform, seed: int
+        self,
+        dataset: Dataset,
+        order: ShuffledOrder,
+        transform: ImageTransform,
+        captions: CaptionSampler | None,
+        seed: int,
     ):
         self.dataset, self.order, self.transform, self.seed = dataset, order, transform, seed
+        self.captions = captions
 
     def __getitem__(self, sample: Sample) -> tuple[torch.Tensor, str, str, int]:
         epoch, index = sample
-        for bad in range(min(100, len(self.order))):
-            where = self.order(epoch, (index + bad) % len(self.order))
+        length = self.order.length(epoch)
+        for bad in range(min(100, length)):
+            where = self.order(epoch, (index + bad) % length)
             shard, row = self.dataset.locate(where)
             uid = shard.uids[row]
             try:
                 rng = generator(self.seed, "augment", epoch, uid)
-                return self.transform.train(shard.image(row), rng), shard.captions[row], uid, bad
+                image = self.transform.train(shard.image(row), rng)
+                return image, self._caption(shard, row, epoch, uid), uid, bad
             except BadImage as error:
                 # the next pair of the order stands in, so that the batch stays whole and in place
                 log.warning("%s: uid %s cannot be decoded (%s)", shard.path, uid, error)
         raise ValueError(f"100 pairs in a row of {self.dataset.directory} cannot be decoded")
+
+    def _caption(self, shard: Shard, row: int, epoch: int, uid: str) -> str:
+        primary = shard.captions[row]
+        if self.captions is None:
+            return primary
+        rng = generator(self.seed, "caption", epoch, uid)
+        return self.captions(shard.bank(row), primary, rng, epoch)
 
 
 class ShardStream:
@@ -101,8 +156,12 @@ class ShardStream:
     bad (records that could not be decoded and were replaced by the next of the order).
     State: `position`, the number of global pairs already delivered. An epoch has no remainder: a
     batch may span two.
-    Raises ValueError when the global batch does not divide by the ranks, or there are fewer pairs
-    than a batch.
+    captions: which of a pair's captions is read this time (see pipeline/data/captions.py); None:
+        the primary one.
+    late_balance: metadata balancing in the loader (MetaCLIP 2, arXiv:2507.22062): each epoch a pair
+        takes part with the `inclusion_probability` in its stats, by a new draw.
+    Raises ValueError when the global batch does not divide by the ranks, there are fewer pairs
+    than a batch, or late_balance finds pairs without that probability.
     """
 
     def __init__(
@@ -117,6 +176,8 @@ class ShardStream:
         world_size: int = 1,
         window_shards: int = 16,
         workers: int = 0,
+        captions: CaptionSampler | None = None,
+        late_balance: bool = False,
     ):
         if global_batch_size % world_size:
             raise ValueError(
@@ -128,15 +189,18 @@ class ShardStream:
                 f"data.shards={shards} holds {len(self.dataset)} pairs, fewer than one batch of "
                 f"{global_batch_size}: a batch would hold pairs twice; lower global_batch_size"
             )
-        self.order = ShuffledOrder(self.dataset.starts, seed=seed, window_shards=window_shards)
-        self.samples = _Samples(self.dataset, self.order, transform, seed)
+        keep = LateBalance(self.dataset, seed=seed) if late_balance else None
+        self.order = ShuffledOrder(
+            self.dataset.starts, seed=seed, window_shards=window_shards, keep=keep
+        )
+        self.samples = _Samples(self.dataset, self.order, transform, captions, seed)
         self.tokenizer, self.seed = tokenizer, seed
         self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
         self.workers = workers
         self.position = 0
 
     def __len__(self) -> int:
-        """Pairs of one epoch."""
+        """Pairs of the dataset; with late_balance an epoch sees fewer."""
         return len(self.dataset)
 
     def local_positions(self, first: int) -> range:
@@ -148,7 +212,7 @@ class ShardStream:
     def _plan(self) -> Iterator[list[Sample]]:
         first = self.position
         while True:
-            yield [divmod(position, len(self)) for position in self.local_positions(first)]
+            yield [self.order.place(position) for position in self.local_positions(first)]
             first += self.global_batch_size
 
     def _collate(self, samples: list[tuple[torch.Tensor, str, str, int]]) -> Batch:
@@ -173,10 +237,14 @@ class ShardStream:
             self.position += self.global_batch_size
             yield {**batch, "first": first}
 
+    def state_at(self, position: int) -> dict[str, int]:
+        """The state of a stream that has delivered `position` pairs."""
+        epoch, index = self.order.place(position)
+        return {"epoch": epoch, "index": index, "seed": self.seed}
+
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands: enough to go on exactly there, on any number of ranks."""
-        epoch, index = divmod(self.position, len(self))
-        return {"epoch": epoch, "index": index, "seed": self.seed}
+        return self.state_at(self.position)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a state's position. Raises ValueError for a state of another seed."""
@@ -185,7 +253,7 @@ class ShardStream:
                 f"the checkpoint's stream has seed {state['seed']}, this run has {self.seed}: "
                 "its order would be another"
             )
-        self.position = state["epoch"] * len(self) + state["index"]
+        self.position = self.order.position(state["epoch"], state["index"])
 
 
 class _Plan:

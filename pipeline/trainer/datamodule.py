@@ -9,19 +9,28 @@ import lightning.pytorch as pl
 import torch
 
 from pipeline.data.images import ImageTransform
-from pipeline.data.stream import ShardStream
+from pipeline.data.stream import CaptionSampler, ShardStream
 
 
 class ShardData(pl.LightningDataModule):
-    """shards: directory of a dataset. workers: loader processes per rank. window_shards: see
-    ShardStream.
+    """shards: directory of a dataset. workers: loader processes per rank. window_shards, captions
+    and late_balance: see ShardStream.
 
     transform, tokenizer, global_batch_size and seed come from the run, not from the data node.
     """
 
-    def __init__(self, *, shards: str, workers: int = 2, window_shards: int = 16):
+    def __init__(
+        self,
+        *,
+        shards: str,
+        workers: int = 2,
+        window_shards: int = 16,
+        captions: CaptionSampler | None = None,
+        late_balance: bool = False,
+    ):
         super().__init__()
         self.shards, self.workers, self.window_shards = shards, workers, window_shards
+        self.captions, self.late_balance = captions, late_balance
         self.run: dict[str, Any] = {}
         self.stream: ShardStream | None = None
 
@@ -48,6 +57,8 @@ class ShardData(pl.LightningDataModule):
             shards=self.shards,
             workers=self.workers,
             window_shards=self.window_shards,
+            captions=self.captions,
+            late_balance=self.late_balance,
             rank=rank,
             world_size=world_size,
             **self.run,
@@ -62,8 +73,7 @@ class ShardData(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         done = self.trainer.global_step * self.stream.global_batch_size
-        epoch, index = divmod(done, len(self.stream))
-        return {"epoch": epoch, "index": index, "seed": self.stream.seed, "pairs": len(self.stream)}
+        return {**self.stream.state_at(done), "pairs": len(self.stream)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         # The stream is opened later; global_step gives the position. Here only what must agree.

@@ -127,3 +127,69 @@ def test_an_undecodable_record_is_replaced_and_counted(shards, tmp_path, make_pi
 def test_arithmetic_that_cannot_work_is_named(shards, knobs, words):
     with pytest.raises(ValueError, match=words):
         stream(shards, **knobs)
+
+
+def banked(folder, make_picture, count=40):
+    """Shards whose pairs have two captions and an inclusion probability."""
+    made = []
+    for number in range(count):
+        image, caption = make_picture(number), f"caption {number}"
+        uid = content_uid(image, caption)
+        texts = [("alt", caption), ("rewrite", f"rewritten {number}")]
+        captions = [{"text": text, "role": role, "source": "test"} for role, text in texts]
+        stats = {"inclusion_probability": 1.0 if number % 4 == 0 else 0.5}
+        made.append(
+            Record(uid, image, "png", caption, {"uid": uid, "captions": captions, "stats": stats})
+        )
+    made.sort(key=lambda record: record.uid)
+    shards = [write_shard(folder, "shard-000000", made[:25])]
+    shards.append(write_shard(folder, "shard-000001", made[25:]))
+    step = {"name": "ingest", "read": count, "kept": count, "dropped": {}}
+    write_manifest(folder, {"num_samples": count, "shards": shards, "steps": [step]})
+    return {record.uid: number for record in made for number in [int(record.caption.split()[1])]}
+
+
+def test_a_caption_sampler_chooses_among_the_bank(tmp_path, make_picture):
+    banked(tmp_path, make_picture)
+
+    def second(captions, primary, rng, epoch):
+        assert captions[0]["text"] == primary
+        return f"x {1000 * (epoch + 1) + int(captions[1]['text'].split()[1])}"
+
+    batch = take(stream(tmp_path, captions=second), 6)
+    tokens = torch.cat([b["tokens"] for b in batch]).flatten().tolist()
+    assert sorted(tokens[:40]) == [1000 + n for n in range(40)]
+    assert min(tokens[40:]) >= 2000  # the sampler is told the epoch
+
+
+def test_late_balance_draws_anew_each_epoch_and_resumes(tmp_path, make_picture):
+    numbers = banked(tmp_path, make_picture)
+    whole = stream(tmp_path, late_balance=True)
+    batches = take(whole, 40)
+    seen = [numbers[uid] for batch in batches for uid in batch["uids"]]
+    lengths = [whole.order.length(epoch) for epoch in range(10)]
+    epochs, start = [], 0
+    for length in lengths:
+        epochs.append(seen[start : start + length])
+        start += length
+    assert all(len(set(epoch)) == len(epoch) for epoch in epochs)  # no pair twice in an epoch
+    assert all({n for n in range(40) if n % 4 == 0} <= set(epoch) for epoch in epochs)
+    assert len({frozenset(epoch) for epoch in epochs}) == len(epochs)  # a new draw each time
+    half = sum(n % 4 != 0 for epoch in epochs for n in epoch) / (30 * len(epochs))
+    assert abs(half - 0.5) < 4 * (0.25 / (30 * len(epochs))) ** 0.5
+    first = stream(tmp_path, late_balance=True)
+    take(first, 7)
+    again = stream(tmp_path, late_balance=True)
+    again.load_state_dict(first.state_dict())
+    done = first.position // 8
+    assert 0 < done and first.state_dict()["epoch"] > 0
+    rest = [b["uids"] for b in batches[done : done + 5]]
+    assert [b["uids"] for b in take(again, 5)] == rest
+    ranks = [take(stream(tmp_path, late_balance=True, rank=r, world_size=2), 12) for r in (0, 1)]
+    both = [a["uids"] + b["uids"] for a, b in zip(*ranks, strict=True)]
+    assert both == [b["uids"] for b in batches[:12]]
+
+
+def test_late_balance_needs_probabilities(shards):
+    with pytest.raises(ValueError, match="inclusion_probability"):
+        stream(shards, late_balance=True)
