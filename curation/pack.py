@@ -131,7 +131,7 @@ def remove_dataset(out: Path) -> None:
     """
     if not out.exists():
         return
-    ours = ("manifest.json", "report.html", "rejected.parquet")
+    ours = ("manifest.json", "card.json", "report.html", "rejected.parquet")
     foreign = [
         path.name
         for path in out.iterdir()

@@ -20,12 +20,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
+from curation.card import entry_counts
 from curation.ingest import read_images
 from curation.pool import Facts, Pool
 from curation.selection import Selection
 from curation.step import uniform
 from pipeline.data.images import BadImage, decode
-from pipeline.shards import write_atomically
+from pipeline.shards import write_atomically, write_json
 
 PICTURES = 24  # per contact sheet
 STYLE = """
@@ -47,11 +48,12 @@ figcaption b { color: #b3541e; font-weight: 600 }
 def write_report(
     out: Path,
     manifest: Mapping[str, Any],
+    card: Mapping[str, Any],
     pool: Pool,
     selection: Selection,
     facts: Mapping[str, Facts],
 ) -> None:
-    """Write `out/report.html`."""
+    """Write `out/report.html` and, of the same counts, `out/card.json`."""
     plan = selection.plan()
     body = [
         f"<h1>{html.escape(manifest['pool'])}: {manifest['num_samples']:,} of "
@@ -61,6 +63,7 @@ def write_report(
         f"pairwright {manifest['version']}</p>",
         "<h2>Step by step</h2>",
         steps_table(manifest["steps"]),
+        *card_section(card),
         *entry_section(pool, facts, plan),
         *score_section(pool, facts, plan),
         "<h2>Captions that occur most</h2>",
@@ -72,7 +75,28 @@ def write_report(
         f"<!doctype html><meta charset=utf-8><title>curation of {title}</title>"
         f"<style>{STYLE}</style>\n" + "\n".join(body) + "\n"
     )
+    write_json(out / "card.json", card)
     write_atomically(out / "report.html", page.encode())
+
+
+def card_section(card: Mapping[str, Any]) -> list[str]:
+    """Counts before and after by language, source and entry, a few rows each."""
+    found = ["<h2>What is in it</h2>"]
+    for name, most in (("language", 20), ("source", 12), ("entries", 20)):
+        counts = list(card.get(name, {}).items())
+        if not counts:
+            continue
+        rows = "".join(
+            f"<tr><td>{html.escape(value)}<td class=n>{count['pool']:,}<td class=n>"
+            f"{count['kept']:,}<td class=n>{100 * count['kept'] / max(count['pool'], 1):.0f} %"
+            for value, count in counts[:most]
+        )
+        note = f"<p class=note>{len(counts) - most:,} more in card.json</p>"
+        found.append(
+            f"<table><tr><th>{name}<th class=n>pool<th class=n>kept<th class=n>share{rows}</table>"
+            + (note if len(counts) > most else "")
+        )
+    return found
 
 
 def svg(figure: Figure) -> str:
@@ -100,13 +124,6 @@ def steps_table(steps: Sequence[Mapping[str, Any]]) -> str:
         )
     head = "<tr><th>step<th class=n>read<th class=n>kept<th>left of the pool<th>dropped"
     return f"<table>{head}{''.join(rows)}</table>"
-
-
-def entry_counts(columns: Sequence[pa.ChunkedArray]) -> np.ndarray:
-    """Occurrences of each entry id over list columns."""
-    ids = [pc.list_flatten(column).to_numpy(zero_copy_only=False) for column in columns]
-    flat = np.concatenate([np.empty(0, np.int64), *ids]).astype(np.int64)
-    return np.bincount(flat)
 
 
 def entry_section(pool: Pool, facts: Mapping[str, Facts], plan: pa.Table) -> list[str]:

@@ -3,9 +3,12 @@
 
 ingest -> annotate -> select -> pack; each stage finds what is already there and does only the
 rest, so the same line
-continues a killed run, and a changed threshold costs seconds.
+continues a killed run, and a changed threshold costs seconds. The same words after `explain
+uid=UID` tell why one
+pair was kept or dropped, after `plan` how many hours it would take.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,16 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from curation import plan
+from curation.card import data_card
+from curation.explain import explain
 from curation.pool import Facts, Pool, annotate_unit, default_cache, ingest_file
 from curation.report import write_report
 from curation.selection import Selection, select
 from pipeline.config import CONF, build, check, user_errors
 
 STAGES = ("ingest", "annotate", "select", "pack")
+ACTIONS = ("run", "explain", "plan")
 
 
 def selected(cfg: DictConfig) -> dict[str, Any]:
@@ -34,16 +41,18 @@ def selected(cfg: DictConfig) -> dict[str, Any]:
 
 
 def run(cfg: DictConfig) -> Selection | None:
-    """Everything the command does; returns the selection, or None when `only` stopped before it."""
+    """Everything the command does; returns the selection, or None when it stopped before it."""
     check(cfg)
-    if cfg.only is not None and cfg.only not in STAGES:
-        raise ValueError(f"only={cfg.only}: stages are {', '.join(STAGES)}")
+    _check_words(cfg)
     nodes = selected(cfg)
     plain = OmegaConf.to_container(cfg, resolve=True)
     pool = Pool(
         cfg.pool, Path(cfg.cache or default_cache(cfg.pool)), build(cfg.ingest), plain["ingest"]
     )
     engine, logs = build(cfg.engine), pool.cache / "logs"
+    if cfg.action == "plan":
+        Console(stderr=True).print(predicted(cfg, plain, pool, engine))
+        return None
     units = pool.ingest_units()
     engine.run("ingest", ingest_file, units, logs / pool.folder.name, measure="B")
     pool.counts()  # stops here when too much of the pool is unusable
@@ -60,16 +69,47 @@ def run(cfg: DictConfig) -> Selection | None:
     selectors = {name: build(node) for name, node in nodes.items()}
     configs = {name: plain["select"][name] for name in nodes}
     selection = select(pool, facts, selectors, configs, seed=cfg.seed)
+    if cfg.action == "explain":
+        Console(stderr=True).print(explain(pool, facts, selectors, selection, cfg.uid))
+        return selection
     show(selection)
     if cfg.only == "select":
         return selection
     out, pack = Path(cfg.out), build(cfg.pack)
     manifest = pack.run(pool, selection, out, engine, seed=cfg.seed)
     if manifest is not None:
-        write_report(out, manifest, pool, selection, facts)
+        card = data_card(manifest, pool, facts, selection)
+        write_report(out, manifest, card, pool, selection, facts)
         pack.finish(out, manifest)
+        if cfg.track is not None:
+            build(cfg.track).log(out, manifest, card)
     Console(stderr=True).print(f"curated shards: {out}   report: {out / 'report.html'}")
     return selection
+
+
+def _check_words(cfg: DictConfig) -> None:
+    if cfg.only is not None and cfg.only not in STAGES:
+        raise ValueError(f"only={cfg.only}: stages are {', '.join(STAGES)}")
+    if cfg.action not in ACTIONS:
+        raise ValueError(f"action={cfg.action}: actions are {', '.join(ACTIONS)}")
+    if (cfg.action == "explain") != (cfg.uid is not None):
+        raise ValueError("explain needs uid=UID (a pair's uid or key), and uid= needs explain")
+    if cfg.nodes < 1 or cfg.sample < 1:
+        raise ValueError(f"nodes={cfg.nodes}, sample={cfg.sample}: need at least 1 of each")
+
+
+def predicted(cfg: DictConfig, plain: dict[str, Any], pool: Pool, engine: Any) -> Table:
+    """What `plan` says: each stage's throughput on a sample and the hours that follow."""
+    costs = [plan.ingest_cost(pool)]
+    for unit in pool.ingest_units()[:1]:  # annotators read ingested rows
+        if not unit.done:
+            ingest_file(*unit.arguments)
+    for name, node in cfg.annotate.items():
+        config = plain["annotate"][name]
+        fact = Facts(pool, build(node), config)
+        costs.append(plan.annotator_cost(pool, name, fact, config, cfg.sample))
+    pairs, counted = plan.pool_size(pool)
+    return plan.table(costs, pairs, counted=counted, nodes=cfg.nodes, workers=engine.workers)
 
 
 def show(selection: Selection) -> None:
@@ -94,5 +134,12 @@ def main(cfg: DictConfig) -> None:
         run(cfg)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`clip-curate explain uid=...` is `clip-curate action=explain uid=...`."""
+    if len(sys.argv) > 1 and sys.argv[1] in ACTIONS:
+        sys.argv[1] = f"action={sys.argv[1]}"
     main()
+
+
+if __name__ == "__main__":
+    command()

@@ -61,6 +61,33 @@ class TrainConfig:
 
 
 @dataclass
+class TrainCaptionerConfig:
+    """`python -m pipeline.train_captioner`: a captioner on a proxy's image tower."""
+
+    name: str = MISSING  # the run: its folder under runs_dir; the same name resumes
+    runs_dir: str = "runs"
+    seed: int = 0
+    run: str = MISSING  # run directory of the proxy
+    samples_seen: int = MISSING  # training length in image-text pairs
+    global_batch_size: int = MISSING  # pairs per optimizer step, all processes
+    gradient_clip_norm: float | None = None
+    log_every_steps: int = 10
+    checkpoint_every_steps: int = 100
+    keep_checkpoints: int = 2
+    image_drop: float = MISSING  # share of pairs that see no image, for guidance
+    train_image: bool = False  # whether the proxy's tower learns too
+    data: Any = MISSING
+    image: Any = None  # null: the proxy's, as the next two
+    tokenizer: Any = None
+    transform: Any = None
+    decoder: Any = MISSING
+    optimizer: Any = MISSING
+    schedule: Any = MISSING
+    trainer: Any = MISSING
+    tracking: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class EvaluateConfig:
     """`python -m pipeline.evaluate`: a finished run -> named numbers."""
 
@@ -82,8 +109,12 @@ class ExportConfig:
 
 @dataclass
 class CurateConfig:
-    """`python -m curation.run`: ingest -> annotate -> select -> pack."""
+    """`python -m curation.run [explain|plan]`: ingest -> annotate -> select -> pack."""
 
+    action: str = "run"  # run | explain (why one pair was kept or dropped) | plan (hours it takes)
+    uid: str | None = None  # explain: the pair, by uid or by the pool's own key
+    nodes: int = 1  # plan: machines
+    sample: int = 256  # plan: pairs that each annotator is timed on
     pool: str = MISSING  # directory of the raw pool
     out: str | None = MISSING  # directory of the curated shards
     cache: str | None = None  # annotations; null: <pool>.annotations beside the pool
@@ -95,10 +126,12 @@ class CurateConfig:
     order: list[str] = field(default_factory=list)
     pack: Any = MISSING
     engine: Any = MISSING
+    track: Any = None  # where the finished dataset is registered
 
 
 ROOTS = {
     "train": TrainConfig,
+    "train_captioner": TrainCaptionerConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "curate": CurateConfig,
@@ -198,7 +231,8 @@ def batch_problems(cfg: DictConfig, world_size: int) -> list[str]:
     """Arithmetic of a training run on `world_size` processes."""
     if any(OmegaConf.is_missing(cfg, key) for key in ("global_batch_size", "samples_seen")):
         return []  # `problems` names them
-    found, batch, micro = [], cfg.global_batch_size, cfg.micro_batch_size
+    found, batch = [], cfg.global_batch_size
+    micro = OmegaConf.select(cfg, "micro_batch_size")
     if batch < 1:
         return [f"global_batch_size: {batch} must be at least 1"]
     if batch % world_size:
@@ -230,7 +264,7 @@ def check(cfg: DictConfig, *, world_size: int = 1, complete: bool = True) -> Non
     complete: false lets values be missing (`???`), for presets that leave some to the user.
     """
     found = [line for line in problems(cfg) if complete or MISSING_WORD not in line]
-    if OmegaConf.get_type(cfg) is TrainConfig:
+    if OmegaConf.get_type(cfg) in (TrainConfig, TrainCaptionerConfig):
         found += batch_problems(cfg, world_size)
     if found:
         lines = "\n".join(f"  {line}" for line in dict.fromkeys(found))

@@ -33,7 +33,12 @@ FLOORS = {
     "curation.selection": 3,
     "curation.pack": 3,
     "curation.report": 3,
+    "curation.card": 3,
+    "curation.explain": 3,
+    "curation.plan": 3,
+    "curation.track": 3,
     "pipeline.train": 4,
+    "pipeline.train_captioner": 4,
     "pipeline.evaluate": 4,
     "pipeline.export": 4,
     "pipeline.check": 4,
@@ -64,6 +69,9 @@ NEIGHBOURS = {
     ("curation.selection", "curation.pack"),
     ("curation.pack", "curation.selection"),  # pack and report show what selection decided
     ("curation.report", "curation.selection"),
+    ("curation.report", "curation.card"),
+    ("curation.card", "curation.selection"),
+    ("curation.explain", "curation.selection"),
     ("curation.annotate", "curation.metadata"),  # matching knows how an entry list is spelled
     ("pipeline.trainer", "pipeline.tracking"),
     ("pipeline.train", "pipeline.check"),  # the command counts its processes as the check does
