@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from curation.ingest import ROWS
-from curation.pool import Facts, Pool
-from curation.step import Scoring, Selector, fingerprint
+from curation.pool import Facts, Pool, file_digest
+from curation.step import ReadsFiles, Scoring, Selector, fingerprint
 from pipeline.shards import CAPTIONS, write_json, write_table
 
 REJECTIONS = pa.schema([("uid", pa.string()), ("step", pa.string()), ("reason", pa.string())])
@@ -66,7 +66,7 @@ def select(
         pool.fingerprint,
         [str(file.relative_to(pool.root)) for file in pool.files],
         {name: fact.fingerprint for name, fact in facts.items()},
-        [(name, s.version, configs[name]) for name, s in selectors.items()],
+        [(name, *_identity(s, configs[name])) for name, s in selectors.items()],
         seed,
     )
     selection = Selection(pool.cache / f"select-{names}", names)
@@ -105,6 +105,13 @@ def select(
     write_table(selection.folder / "rejected.parquet", pa.concat_tables(rejections).sort_by("uid"))
     write_json(selection.folder / "steps.json", steps)
     return selection
+
+
+def _identity(selector: Selector, config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a selector's decisions depend on: version, settings, content of the files it reads."""
+    inputs = selector.inputs if isinstance(selector, ReadsFiles) else {}
+    settings = {key: value for key, value in config.items() if key not in inputs}
+    return selector.version, settings, {key: file_digest(path) for key, path in inputs.items()}
 
 
 def _providers(facts: Mapping[str, Facts], selectors: Mapping[str, Selector]) -> dict[str, str]:

@@ -78,6 +78,13 @@ class Scoring(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """A selector whose decisions depend on files (a word list, a block list, centroids)."""
+
+    inputs: dict[str, str]  # constructor argument -> file; the content counts, not the path
+
+
 def fingerprint(*parts: Any) -> str:
     """16 hex digits that name a configuration: of the parts' canonical JSON."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)

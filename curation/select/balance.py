@@ -5,14 +5,19 @@ An entry matched by `count` pairs asks for each of them with probability t / max
 is kept if at least one of its entries asks for it. So every pair that mentions a rare entry stays,
 and the head is thinned.
 
+By language (MetaCLIP 2, sec. 3.2): an entry is counted in each language apart, and t of a language
+is the one that leaves it the same tail share as t leaves to English, so that a small language is
+not thinned by a threshold made for a large one.
+
 | pool | t (max_pairs_per_entry) |
 |---|---|
 | 1.6 B English pairs -> 400 M | 20,000 |
 | the 2.5 B set | 170,000 |
 | another pool | the t that leaves 6 % of all matches in the tail: tail_fraction=0.06 |
+| by language | t of English as above; the others' from its tail share |
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +26,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.step import uniform
+
+UNDETERMINED = "other"  # as the language annotator says; selectors know columns, not annotators
 
 
 def keep_probability(*, counts: Sequence[int], max_pairs_per_entry: float) -> np.ndarray:
@@ -76,11 +83,28 @@ def inclusion_probability(*, entry_ids: Sequence[int], probability: np.ndarray) 
 
 @dataclass(frozen=True)
 class Balanced:
-    """What is known once all parts are counted. counts, probability: per entry id."""
+    """What is known of one language (or of all pairs together) once all parts are counted.
+
+    counts, probability: per entry id; or, where `ids` is given (ascending), per position in it.
+    """
 
     counts: np.ndarray
     max_pairs_per_entry: float
     probability: np.ndarray
+    ids: np.ndarray | None = None
+
+    def inclusion(self, entries: pa.Array) -> np.ndarray:
+        """`inclusion_probability` of each row of ids, float64. 0 for an empty or null row."""
+        lengths = pc.fill_null(pc.list_value_length(entries), 0).to_numpy().astype(np.int64)
+        ids = pc.list_flatten(entries).to_numpy().astype(np.int64)
+        places = ids if self.ids is None else np.searchsorted(self.ids, ids)
+        matched = lengths > 0
+        inclusion = np.zeros(len(lengths))
+        if matched.any():
+            starts = (np.cumsum(lengths) - lengths)[matched]
+            lost = np.multiply.reduceat(1.0 - self.probability[places], starts)
+            inclusion[matched] = 1.0 - lost
+        return inclusion
 
 
 class Balance:
@@ -88,15 +112,21 @@ class Balance:
 
     Exactly one of max_pairs_per_entry (t in MetaCLIP) and tail_fraction (t follows from the
         surviving counts).
+    per_language: count and threshold each language apart, by the column of annotate/language (a
+        null counts as "other"). max_pairs_per_entry is then the main_language's t; its tail share
+        gives every other language's t. With tail_fraction every language's t follows from it.
+        A language's tail is measured over the entries that it mentions. The reference counts the
+        others too, and returns t = 0 for a language whose rarest entry holds more than twice the
+        share, which drops the whole language; here t is then that entry's count.
     drop_unmatched: drop pairs without any entry, as MetaCLIP does (half of a web pool).
     Reasons: "no_entry" (no match), "head" (the draw was lost). Run it last: t refers to the
-        surviving pairs.
-    Price: reads one narrow column; the counts of all entries in memory.
+        surviving pairs. To draw anew in every epoch instead, see select/late_balance.
+    Price: reads one or two narrow columns; the counts of all entries in memory, by language those
+        that occur in it.
     """
 
     name = "balance"
     version = 1
-    reads = ("entries",)
 
     def __init__(
         self,
@@ -104,6 +134,8 @@ class Balance:
         max_pairs_per_entry: float | None = None,
         tail_fraction: float | None = None,
         drop_unmatched: bool = True,
+        per_language: bool = False,
+        main_language: str = "en",
     ):
         if (max_pairs_per_entry is None) == (tail_fraction is None):
             raise ValueError(
@@ -117,38 +149,100 @@ class Balance:
         self.max_pairs_per_entry = max_pairs_per_entry
         self.tail_fraction = tail_fraction
         self.drop_unmatched = drop_unmatched
+        self.per_language = per_language
+        self.main_language = main_language
+        self.reads = ("entries", "language") if per_language else ("entries",)
 
-    def measure(self, part: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-        """(entry ids, their counts) of the part, only those that occur."""
-        ids = pc.list_flatten(part["entries"]).to_numpy()
-        return np.unique(ids.astype(np.int64), return_counts=True)
+    def measure(self, part: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Language ("" for all together) -> (entry ids, their counts), only those that occur."""
+        return {
+            language: np.unique(
+                pc.list_flatten(entries).to_numpy().astype(np.int64), return_counts=True
+            )
+            for language, _, entries in self._languages(part)
+        }
 
-    def combine(self, measures: list[Any]) -> Balanced:
-        counts = np.zeros(
-            1 + max((int(ids[-1]) for ids, _ in measures if len(ids)), default=-1), np.int64
-        )
-        for ids, part_counts in measures:
-            counts[ids] += part_counts
+    def combine(self, measures: list[Any]) -> dict[str, Balanced]:
+        """What is known of each language; of all together under "".
+
+        Raises ValueError when the main language, which gives the others' tail share, has no match.
+        """
+        if not self.per_language:
+            return {"": self._together([measure[""] for measure in measures])}
+        counted = {
+            language: _summed([m[language] for m in measures if language in m])
+            for language in sorted(set().union(*measures))
+        }
+        share = self.tail_fraction
+        if share is None:
+            _, main = counted.get(self.main_language, (None, np.empty(0, np.int64)))
+            if not len(main) and any(len(ids) for ids, _ in counted.values()):
+                raise ValueError(
+                    f"per_language=true takes the tail share from {self.main_language!r}, of which "
+                    f"no pair has an entry (there are: {', '.join(counted)}): set tail_fraction "
+                    "instead of max_pairs_per_entry, or another main_language"
+                )
+            share = tail_fraction(counts=main, max_pairs_per_entry=self.max_pairs_per_entry)
+        found = {}
+        for language, (ids, counts) in counted.items():
+            if self.tail_fraction is None and language == self.main_language:
+                limit = self.max_pairs_per_entry
+            else:
+                limit = language_threshold(counts=counts, tail_fraction=share)
+            p = keep_probability(counts=counts, max_pairs_per_entry=limit)
+            found[language] = Balanced(counts, limit, p, ids)
+        return found
+
+    def apply(self, part: pa.Table, combined: dict[str, Balanced], seed: int) -> pa.Array:
+        """head, no_entry, or null."""
+        inclusion = self.inclusion(part, combined)
+        draws = uniform(seed, "balance", part["uid"].to_pylist())
+        # MetaCLIP 2 drops where the probability is below the draw, so a certain pair always stays
+        reasons = np.where(inclusion < draws, "head", None).astype(object)
+        reasons[unmatched(part)] = "no_entry" if self.drop_unmatched else None
+        return pa.array(reasons, pa.string())
+
+    def inclusion(self, part: pa.Table, combined: dict[str, Balanced]) -> np.ndarray:
+        """The probability of every pair to be kept, float64; 0 without entries."""
+        inclusion = np.zeros(part.num_rows)
+        for language, rows, entries in self._languages(part):
+            inclusion[rows] = combined[language].inclusion(entries)
+        return inclusion
+
+    def _together(self, measures: list[tuple[np.ndarray, np.ndarray]]) -> Balanced:
+        """Without languages, by id: no search is needed to look one up."""
+        ids, occurring = _summed(measures)
         limit = self.max_pairs_per_entry
-        if limit is None:
-            occurring = counts[counts > 0]  # entries that nothing mentions have no say in the tail
+        if limit is None:  # entries that nothing mentions have no say in the tail
             limit = language_threshold(counts=occurring, tail_fraction=self.tail_fraction)
+        counts = np.zeros(1 + (int(ids[-1]) if len(ids) else -1), np.int64)
+        counts[ids] = occurring
         return Balanced(counts, limit, keep_probability(counts=counts, max_pairs_per_entry=limit))
 
-    def apply(self, part: pa.Table, combined: Balanced, seed: int) -> pa.Array:
-        """head, no_entry, or null."""
-        column = part["entries"].combine_chunks()
-        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
-        dropped = 1.0 - combined.probability[pc.list_flatten(column).to_numpy().astype(np.int64)]
-        matched = lengths > 0
-        inclusion = np.zeros(len(lengths))
-        if matched.any():
-            starts = (np.cumsum(lengths) - lengths)[matched]
-            inclusion[matched] = 1.0 - np.multiply.reduceat(dropped, starts)
-        draws = uniform(seed, self.name, part["uid"].to_pylist())
-        reasons = np.full(len(lengths), None, object)
-        # MetaCLIP 2 drops where the probability is below the draw, so a certain pair always stays
-        reasons[matched & (inclusion < draws)] = "head"
-        if self.drop_unmatched:
-            reasons[~matched] = "no_entry"
-        return pa.array(reasons, pa.string())
+    def _languages(self, part: pa.Table) -> Iterator[tuple[str, Any, pa.Array]]:
+        """(language, its rows, their entries); all under "" where languages do not matter."""
+        entries = part["entries"].combine_chunks()
+        if not self.per_language:
+            yield "", slice(None), entries
+            return
+        codes = pc.fill_null(part["language"].combine_chunks(), UNDETERMINED).dictionary_encode()
+        indices = codes.indices.to_numpy()
+        by_language = np.argsort(indices, kind="stable")
+        bounds = np.searchsorted(indices[by_language], np.arange(len(codes.dictionary) + 1))
+        for place, language in enumerate(codes.dictionary.to_pylist()):
+            rows = by_language[bounds[place] : bounds[place + 1]]
+            yield language, rows, entries.take(pa.array(rows))
+
+
+def unmatched(part: pa.Table) -> np.ndarray:
+    """(rows,) bool: pairs without an entry."""
+    return pc.fill_null(pc.list_value_length(part["entries"]), 0).to_numpy() == 0
+
+
+def _summed(measures: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, counts) of several (ids, counts), ascending."""
+    ids = np.unique(np.concatenate([ids for ids, _ in measures] or [np.empty(0, np.int64)]))
+    counts = np.zeros(len(ids), np.int64)
+    for part_ids, part_counts in measures:
+        counts[np.searchsorted(ids, part_ids)] += part_counts
+    return ids, counts

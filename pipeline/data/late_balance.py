@@ -1,6 +1,6 @@
 """Metadata balancing in the loader: each epoch another draw (MetaCLIP 2, arXiv:2507.22062, sec. 3).
 
-Curation with select.balance.late leaves `inclusion_probability` in the shards and drops nothing
+Curation with select/late_balance leaves `inclusion_probability` in the shards and drops nothing
 from the head; here a pair takes part in an epoch with that probability. Over many epochs the head
 is seen in full, a little at a time, where an early balance throws most of it away for good.
 """
