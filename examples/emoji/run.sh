@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline on 11,092 pairs, to be read from top to bottom. `make demo` runs it.
 #
-#   STEPS=800   optimizer steps of each training run (256 pairs each)
+#   STEPS=1000  optimizer steps of each training run (256 pairs each)
 #   SEEDS="0"   training seeds; "0 1 2" shows the spread and takes three times as long to train
 #   OUT=runs/demo
 #
@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-STEPS=${STEPS:-800} SEEDS=${SEEDS:-0} OUT=${OUT:-runs/demo}
+STEPS=${STEPS:-1000} SEEDS=${SEEDS:-0} OUT=${OUT:-runs/demo}
 POOL=examples/emoji/pool
 export WANDB_MODE=${WANDB_MODE:-offline} WANDB_SILENT=true
 mkdir -p "$OUT"
@@ -34,10 +34,13 @@ first=${SEEDS%% *}
 # 1. The pool as it is, as shards: what a run without curation would train on.
 stage pack_raw python -m curation.run dataset=raw pool=$POOL out="$OUT/raw" cache="$OUT/cache"
 
-# 2. A vocabulary of byte pairs, and the list of metadata entries: WordNet and the pool's own frequent words.
+# 2. What the captions themselves tell: a vocabulary of byte pairs; the list of metadata entries (WordNet and the pool's
+#    own frequent words); the phrases that hang on many captions and say nothing ("free download").
 stage tokenizer python -m pipeline.data.train_tokenizer --shards "$OUT/raw" --vocab-size 3000 \
   --out "$OUT/tokenizer"
 stage entries python -m curation.metadata.build --lower-case --output "$OUT/entries.json" \
+  --captions "$OUT"/raw/shard-*.parquet
+stage phrases python -m curation.metadata.boilerplate --output "$OUT/phrases.json" \
   --captions "$OUT"/raw/shard-*.parquet
 
 # 3. The baseline: a model of the uncurated pool. It is also the proxy that scores the pool.
@@ -45,7 +48,8 @@ stage train_raw train "raw-seed$first" "$OUT/raw" "$first"
 
 # 4. Curation: annotate every pair, select with reasons, pack.
 stage curate python -m curation.run dataset=emoji pool=$POOL out="$OUT/curated" cache="$OUT/cache" \
-  annotate.entries.entries="$OUT/entries.json" annotate.embed.run="$OUT/raw-seed$first"
+  annotate.entries.entries="$OUT/entries.json" annotate.embed.run="$OUT/raw-seed$first" \
+  annotate.strip_boilerplate.phrases="$OUT/phrases.json"
 
 # 5. The same training, as many pairs seen, on what was kept.
 stage train_curated train "curated-seed$first" "$OUT/curated" "$first"
