@@ -16,10 +16,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curation.pool import Facts, Pool
+from curation.select.parrot import co_embedded_text_rates, legible
 from curation.selection import Selection
 
 MOST = 50  # rows of a table in the card
-Counts = dict[str, dict[str, int]]
+Counts = dict[str, dict[str, float]]
 
 
 def host(url: str | None) -> str:
@@ -91,4 +92,23 @@ def data_card(
             for i in order
             if before[i]
         }
+    if "spotted_text" in provider:
+        card["text_in_images"] = text_rates(pool, provider["spotted_text"], plan)
     return card
+
+
+def text_rates(pool: Pool, spotting: Facts, plan: pa.Table) -> Counts:
+    """{rate: {pool, kept}}: how much the captions spell what the images show (parrot captions)."""
+    wanted = plan["uid"].combine_chunks()
+    pairs: dict[str, list[tuple[str, list[str]]]] = {"pool": [], "kept": []}
+    for file in pool.files:
+        rows = pq.read_table(pool.place(file) / "rows.parquet", columns=["uid", "caption"])
+        spotted = spotting.read(file, ["spotted_text"])["spotted_text"].to_pylist()
+        found = list(zip(rows["caption"].to_pylist(), map(legible, spotted), strict=True))
+        kept = pc.is_in(rows["uid"], wanted).to_pylist()
+        pairs["pool"] += found
+        pairs["kept"] += [pair for pair, keep in zip(found, kept, strict=True) if keep]
+    rates = {name: co_embedded_text_rates(these) for name, these in pairs.items()}
+    return {
+        rate: {name: round(float(rates[name][rate]), 6) for name in rates} for rate in rates["pool"]
+    }

@@ -96,6 +96,14 @@ def card_section(card: Mapping[str, Any]) -> list[str]:
             f"<table><tr><th>{name}<th class=n>pool<th class=n>kept<th class=n>share{rows}</table>"
             + (note if len(counts) > most else "")
         )
+    if "text_in_images" in card:
+        rows = "".join(
+            f"<tr><td>{rate.replace('_', ' ')}<td class=n>{100 * share['pool']:.2f} %"
+            f"<td class=n>{100 * share['kept']:.2f} %"
+            for rate, share in card["text_in_images"].items()
+            if rate != "pairs"
+        )
+        found.append(f"<table><tr><th>text in images<th class=n>pool<th class=n>kept{rows}</table>")
     return found
 
 

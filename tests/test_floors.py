@@ -22,6 +22,7 @@ FLOORS = {
     "pipeline.evals": 2,
     "curation.step": 2,
     "curation.engine": 2,
+    "curation.engines": 2,
     "curation.ingest": 2,
     "curation.pool": 2,
     "pipeline.trainer": 3,
@@ -53,6 +54,8 @@ LIBRARIES = {
     "onnxruntime": 3,
     "rapidocr_onnxruntime": 3,
     "ahocorasick_rs": 3,
+    "rapidfuzz": 3,
+    "py3langid": 3,
     "matplotlib": 3,
     "datatrove": 2,
     "PIL": 2,
@@ -65,12 +68,15 @@ NEIGHBOURS = {
     ("pipeline.evals", "pipeline.data"),  # an evaluation embeds what the data room decodes
     ("curation.pool", "curation.ingest"),
     ("curation.pool", "curation.engine"),
+    ("curation.engine", "curation.engines"),
+    ("curation.engines", "curation.engine"),
     ("curation.pool", "curation.step"),
     ("curation.selection", "curation.pack"),
     ("curation.pack", "curation.selection"),  # pack and report show what selection decided
     ("curation.report", "curation.selection"),
     ("curation.report", "curation.card"),
     ("curation.card", "curation.selection"),
+    ("curation.card", "curation.select"),  # the card counts with the parrot filter's measure
     ("curation.explain", "curation.selection"),
     ("curation.annotate", "curation.metadata"),  # matching knows how an entry list is spelled
     ("pipeline.trainer", "pipeline.tracking"),
