@@ -1,5 +1,5 @@
 """Duplicates: the exact ones as a selector, and the rule for near ones in embedding space
-(SemDeDup, arXiv:2303.09540).
+(SemDeDup, arXiv:2303.09540), which `semantic_duplicates` applies to a pool.
 
 SemDeDup on LAION-440M, from its repository; half can go with little loss:
 | epsilon | 0.00095 | 0.03 | 0.0395 | 0.07 | 0.083 | 0.124 | 0.165 | 0.205 | 0.26 |
@@ -43,37 +43,49 @@ def rank(
 
 
 def max_similarity(
-    *, embeddings: np.ndarray, assignment: Sequence[int], order: Sequence[int]
+    *,
+    embeddings: np.ndarray,
+    assignment: Sequence[int],
+    order: Sequence[int],
+    precision: type[np.floating] | None = None,
 ) -> np.ndarray:
     """Highest cosine of each item with the items before it in its cluster, at least 0; 0 for the
     first.
 
-    embeddings: (N, D) unit norm; float16 is computed in float32.
+    embeddings: (N, D) unit norm.
     assignment: (N,) cluster of each item.
     order: every item id once; a cluster's items are taken in this order (clusters may interleave).
+    precision: dtype of the products; None for the embeddings' own, float32 for halves. One cluster
+        at a time is converted.
     Removed items still count as earlier ones (a column maximum, not leader clustering).
     Returns (N,) by item id.
-    Raises ValueError if the lengths differ or order is not a permutation.
-    Price: O(sum of n_c squared x D).
+    Raises ValueError if the lengths differ, order is not a permutation, or an embedding is not
+        finite.
+    Price: O(sum of n_c squared x D / 2); n_c x 1,024 similarities in memory.
     """
     embeddings, assignment, order = (
         np.asarray(embeddings),
         np.asarray(assignment),
         np.asarray(order),
     )
-    if embeddings.dtype == np.float16:
-        embeddings = embeddings.astype(np.float32)
+    if precision is None:
+        precision = np.float32 if embeddings.dtype == np.float16 else embeddings.dtype
     count = len(embeddings)
     if len(assignment) != count or not np.array_equal(np.sort(order), np.arange(count)):
         raise ValueError(
             f"{count} embeddings, {len(assignment)} assignments, {len(order)} places in the "
             "order: need one assignment per item, and every item id once in the order"
         )
-    highest = np.zeros(count, embeddings.dtype)
+    highest = np.zeros(count, precision)
     by_cluster = order[np.argsort(assignment[order], kind="stable")]
     bounds = np.flatnonzero(np.diff(assignment[by_cluster])) + 1
     for members in np.split(by_cluster, bounds):
-        items = embeddings[members]
+        items = embeddings[members].astype(precision, copy=False)
+        if not np.isfinite(items).all():
+            bad = np.sort(members[~np.isfinite(items).all(axis=1)])
+            raise ValueError(
+                f"embeddings {bad[:5].tolist()} are not finite: leave those items out before"
+            )
         for start in range(0, len(members), _BLOCK):
             stop = min(start + _BLOCK, len(members))
             similarity = items[:stop] @ items[start:stop].T
@@ -90,6 +102,7 @@ def removed(
     order: Sequence[int],
     epsilon: float,
     strict: bool,
+    precision: type[np.floating] | None = None,
 ) -> np.ndarray:
     """Ascending ids of the items too close to an earlier one of their cluster; arguments as in
     `max_similarity`.
@@ -100,7 +113,9 @@ def removed(
     """
     if not 0.0 <= epsilon <= 1.0:
         raise ValueError(f"epsilon {epsilon} is outside [0, 1]")
-    highest = max_similarity(embeddings=embeddings, assignment=assignment, order=order)
+    highest = max_similarity(
+        embeddings=embeddings, assignment=assignment, order=order, precision=precision
+    )
     highest = highest.astype(np.float64)  # else numpy rounds the limit to float32 first
     limit = 1.0 - epsilon
     return np.flatnonzero(highest > limit if strict else highest >= limit).astype(np.int64)
@@ -112,7 +127,8 @@ class Duplicates:
 
     The smallest uid wins, so the choice does not depend on the pool's order or sharding (uids are
     content hashes: it is as good as random). Pairs with a null among the columns stay.
-    columns: e.g. [sha256] (same file), [pixel_hash] (same pixels), [pixel_hash, caption].
+    columns: e.g. [sha256] (same file), [pixel_hash] (same pixels), [pixel_hash, caption], or [url,
+        caption], what LAION removes.
     Price: one digest and one uid per pair in memory while combining.
     """
 

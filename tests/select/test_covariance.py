@@ -1,9 +1,10 @@
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from curation.select import covariance
-from curation.select.covariance import Covariance, class_terms, select
+from curation.select import covariance_greedy
+from curation.select.covariance import Covariance, select
 
 
 def brute_force(similarity, raw, label_similarity, centre_terms, fraction, variant, period):
@@ -50,7 +51,7 @@ def terms():
 @pytest.mark.parametrize("variant", ["paper", "notebook"])
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.8, 1.0])
 def test_equals_brute_force(terms, fraction, variant, monkeypatch):
-    monkeypatch.setattr(covariance, "_PERIOD", 4)  # updates at picks 3, 7, 11 of a class
+    monkeypatch.setattr(covariance_greedy, "PERIOD", 4)  # updates at picks 3, 7, 11 of a class
     found = select(**terms, fraction=fraction, variant=variant)
     assert found.dtype == np.int64
     assert found.tolist() == brute_force(**terms, fraction=fraction, variant=variant, period=4)
@@ -66,7 +67,7 @@ def test_variants_differ_and_without_updates_it_is_top_k(terms, monkeypatch):
     notebook = select(**terms, fraction=1.0, variant="notebook")
     assert notebook.tolist() == np.argsort(-static).tolist()
     assert notebook.tolist() != select(**terms, fraction=1.0, variant="paper").tolist()
-    monkeypatch.setattr(covariance, "_PERIOD", 3)
+    monkeypatch.setattr(covariance_greedy, "PERIOD", 3)
     assert notebook.tolist() != select(**terms, fraction=1.0, variant="notebook").tolist()
 
 
@@ -99,6 +100,18 @@ def test_empty_classes_and_empty_input(terms):
     assert select(**padded, fraction=1.0, variant="paper").tolist() == found.tolist()
     nothing = {name: [] for name in terms}
     assert select(**nothing, fraction=1.0, variant="paper").tolist() == []
+
+
+def test_numbers_that_are_not_finite(terms):
+    for name in ("raw", "label_similarity", "centre_terms", "similarity"):
+        spoiled = [np.array(part) for part in terms[name]]
+        spoiled[0][3] = np.nan
+        with pytest.raises(ValueError, match=r"not finite|NaN"):
+            select(**(terms | {name: spoiled}), fraction=1.0, variant="paper")
+    spoiled = [matrix.copy() for matrix in terms["similarity"]]
+    spoiled[0][3, 4] = np.nan  # off the diagonal
+    with pytest.raises(ValueError, match="similarity holds NaN"):
+        select(**(terms | {"similarity": spoiled}), fraction=1.0, variant="paper")
 
 
 def test_bad_input(terms):
@@ -180,20 +193,81 @@ def test_pairs_without_embeddings():
     assert decide(Covariance(fraction=1.0), [part.slice(3, 1)]) == {uids[3]: "missing_embed"}
 
 
-def test_class_terms_by_definition():
-    image, text, _ = embeddings(count=9)
-    members = [np.array([0, 3, 4]), np.array([1, 2, 5, 6, 7, 8])]
-    centroids = np.eye(2, 16)
-    found = class_terms(image=image, text=text, members=members, centroids=centroids)
-    i = 2  # row 4, the third of class 0
-    others = members[1]
-    positive = lambda a, b: max(float(image[a] @ text[b]), 0.0)  # noqa: E731
-    raw = sum(positive(4, j) + positive(j, 4) for j in members[0]) / 3
-    centre = image[4] @ text[others].mean(axis=0) + text[4] @ image[others].mean(axis=0)
-    assert found["raw"][0][i] == pytest.approx(raw, abs=1e-12)
-    assert found["centre_terms"][0][i] == pytest.approx(centre, abs=1e-12)
-    assert found["label_similarity"][0][i] == pytest.approx(text[4, 0], abs=1e-12)
-    assert found["similarity"][0][i, 1] == pytest.approx(image[4] @ text[3], abs=1e-12)
+def test_all_of_nothing_and_of_everything():
+    image, text, uids = embeddings(count=30)
+    whole = table(image, text, uids)
+    assert set(decide(Covariance(fraction=1.0), [whole]).values()) == {None}
+    assert set(decide(Covariance(fraction=0.0), [whole]).values()) == {"covariance"}
+    assert decide(Covariance(fraction=0.5), [whole.slice(0, 0)]) == {}
+
+
+def test_memory_does_not_change_the_answer():
+    image, text, uids = embeddings(count=300)
+    whole = table(image, text, uids)
+    found = [
+        decide(Covariance(fraction=0.4, num_classes=2, memory_gib=gib), [whole])
+        for gib in (1.0, 1e-6)
+    ]
+    assert found[0] == found[1]
+
+
+def test_classes_of_a_column():
+    """Pairs of one class compete with each other alone; a class of one, and rows without one."""
+    image, text, uids = embeddings(count=41)
+    names = ["b", "a"] * 20 + ["alone"]
+    names[7] = None
+    whole = table(image, text, uids).append_column("topic", pa.array(names))
+    selector = Covariance(fraction=0.5, num_classes=None, class_column="topic")
+    assert selector.reads == ("image_embed", "text_embed", "topic")
+    reasons = decide(selector, [whole.slice(0, 5), whole.slice(5)])
+    assert reasons[uids[7]] == "missing_class"
+    assert sum(reason is None for reason in reasons.values()) == 20
+    renamed = {"a": 3, "alone": 1, "b": 2}  # another order of the classes
+    numbers = pa.array([renamed.get(name) for name in names], pa.int32())
+    again = whole.drop(["topic"]).append_column("topic", numbers)
+    assert decide(selector, [again]) == reasons
+
+
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
+def test_zero_shot_classes(tmp_path, kind):
+    image, text, uids = embeddings(count=60, topics=3)
+    names = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 3)))[0].T  # the topics
+    names = np.concatenate([names, -names[:1]]) * 7.0  # not normalised; a class without images
+    path = str(tmp_path / f"names.{kind}")
+    if kind == "npy":
+        np.save(path, names)
+    else:
+        pq.write_table(pa.table({"name": ["x"] * 4, "text_embed": names.tolist()}), path)
+    nearest = np.argmax(image @ names.T, axis=1)
+    whole = table(image, text, uids)
+    selector = Covariance(fraction=0.5, num_classes=None, labels=path)
+    assert selector.inputs == {"labels": path}
+    found = decide(selector, [whole])
+    labels = names / 7.0
+    members = [np.flatnonzero(nearest == k) for k in range(3)]
+    kept = brute_force_pool(image, text, members, labels, 0.5)
+    assert {uid for uid, reason in found.items() if reason is None} == {uids[i] for i in kept}
+
+
+def brute_force_pool(image, text, members, labels, fraction):
+    terms = pool_terms(image, text, members, labels)
+    order = brute_force(**terms, fraction=fraction, variant="paper", period=200)
+    return np.concatenate(members)[order].tolist()
+
+
+def pool_terms(image, text, members, labels):
+    """raw, label and centre terms pair by pair."""
+    terms = {"similarity": [], "raw": [], "label_similarity": [], "centre_terms": []}
+    for rows, label in zip(members, labels, strict=False):
+        others = [i for i in range(len(image)) if i not in rows]
+        plus = lambda a, b: max(float(image[a] @ text[b]), 0.0)  # noqa: E731
+        terms["similarity"].append(image[rows] @ text[rows].T)
+        terms["raw"].append([sum(plus(i, j) + plus(j, i) for j in rows) / len(rows) for i in rows])
+        terms["label_similarity"].append([text[i] @ label for i in rows])
+        terms["centre_terms"].append(
+            [image[i] @ text[others].mean(0) + text[i] @ image[others].mean(0) for i in rows]
+        )
+    return terms
 
 
 @pytest.mark.parametrize(
@@ -203,6 +277,12 @@ def test_class_terms_by_definition():
         {"fraction": 0.5, "variant": "fixed"},
         {"fraction": 0.5, "num_classes": 0},
         {"fraction": 0.5, "iterations": 0},
+        {"fraction": 0.5, "num_classes": None},
+        {"fraction": 0.5, "class_column": "x"},
+        {"fraction": 0.5, "num_classes": None, "class_column": "x", "labels": "y"},
+        {"fraction": 0.5, "threshold": -0.1},
+        {"fraction": 0.5, "threshold": 1.0},
+        {"fraction": 0.5, "memory_gib": 0.0},
     ],
 )
 def test_bad_knobs(knobs):

@@ -133,3 +133,46 @@ def test_keys_do_not_run_together():
 def test_bad_columns(columns):
     with pytest.raises(ValueError, match="list of column names"):
         Duplicates(columns=columns)
+
+
+def test_same_caption_under_the_same_url():
+    """Nulls are never duplicates, not even of each other."""
+    rows = [
+        ("u1", "http://a/1.jpg", "dog"),
+        ("u0", "http://a/1.jpg", "dog"),
+        ("u2", "http://a/1.jpg", "a dog"),
+        ("u3", "http://a/2.jpg", "dog"),
+        ("u4", None, "dog"),
+        ("u5", None, "dog"),
+        ("u6", "http://a/1.jpg", None),
+        ("u7", "http://a/1.jpg", None),
+    ]
+    table = pa.table({name: [row[i] for row in rows] for i, name in enumerate(URL_COLUMNS)})
+    selector = Duplicates(columns=["url", "caption"])
+    combined = selector.combine(
+        [selector.measure(table.slice(0, 1)), selector.measure(table.slice(1))]
+    )
+    found = selector.apply(table, combined, 0).to_pylist()
+    assert [row[0] for row, reason in zip(rows, found, strict=True) if reason] == ["u1"]
+
+
+URL_COLUMNS = ("uid", "url", "caption")
+
+
+def test_embeddings_that_are_not_finite(cloud):
+    embeddings, assignment, order = cloud
+    embeddings[[7, 100]] = np.nan
+    with pytest.raises(ValueError, match=r"embeddings \[.*\] are not finite"):
+        removed(embeddings=embeddings, assignment=assignment, order=order, epsilon=0.1, strict=True)
+    with pytest.raises(ValueError, match="epsilon nan"):
+        removed(embeddings=np.eye(2), assignment=[0, 0], order=[0, 1], epsilon=np.nan, strict=True)
+
+
+def test_precision_of_the_products(cloud):
+    embeddings, assignment, order = cloud
+    rule = {"assignment": assignment, "order": order}
+    single = embeddings.astype(np.float32)
+    found = max_similarity(embeddings=single, **rule, precision=np.float64)
+    assert found.dtype == np.float64
+    exact = max_similarity(embeddings=single.astype(np.float64), **rule)
+    assert np.array_equal(found, exact)
