@@ -21,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from upath import UPath
 
 from pipeline.data.images import FORMATS, BadImage, open_image, to_rgb
 from pipeline.shards import BLOCK, content_uid
@@ -59,9 +60,24 @@ class RawSample:
     problem: str | None = None
 
 
+def location(name: str | Path) -> Path:
+    """A local path, or with :// in it whatever fsspec reads (s3://bucket/pool), seen as a path."""
+    return UPath(name) if "://" in str(name) else Path(name)
+
+
+def identity(file: Path) -> dict[str, Any]:
+    """What changes when a pool file does: its size and its time, or the store's own tag of it."""
+    if isinstance(file, Path):
+        stat = file.stat()
+        return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    info = file.fs.info(file.path)
+    known = (info.get(k) for k in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created"))
+    return {"bytes": info["size"], "tag": str(next(filter(None, known), ""))}
+
+
 def pool_files(pool: str | Path) -> list[Path]:
     """The pool's data files, sorted. Raises ValueError when there are none."""
-    root = Path(pool)
+    root = location(pool)
     files = sorted(p for p in root.rglob("*.tar") if p.is_file())
     # img2dataset writes a Parquet file of metadata beside each tar: those hold no images
     files += sorted(p for p in root.rglob("*.parquet") if not p.with_suffix(".tar").exists())
@@ -176,7 +192,11 @@ def read_samples(file: Path, *, caption_column: str = "caption") -> Iterator[Raw
 
 
 def _parquet_samples(file: Path, caption_column: str) -> Iterator[RawSample]:
-    source = pq.ParquetFile(file)
+    with file.open("rb") as stream:
+        yield from _parquet_rows(file, pq.ParquetFile(stream), caption_column)
+
+
+def _parquet_rows(file: Path, source: pq.ParquetFile, caption_column: str) -> Iterator[RawSample]:
     names = source.schema_arrow.names
     for column in ("image", caption_column):
         if column not in names:
@@ -220,7 +240,7 @@ def _tar_samples(file: Path) -> Iterator[RawSample]:
     a problem.
     """
     seen: set[str] = set()
-    with open(file, "rb") as stream:
+    with file.open("rb") as stream:
         for key, members, torn in _tar_groups(stream):
             sample = _group(key, members)
             whole = sample.image is not None and sample.caption is not None
@@ -290,15 +310,19 @@ def _group(key: str, members: dict[str, tuple[bytes, int]]) -> RawSample:
 
 def read_images(file: Path, rows: list[int], sizes: list[int]) -> Iterator[bytes]:
     """Image bytes of ingested rows of one pool file, in the given (ascending) order of `row`."""
-    if file.suffix == ".tar":
-        with open(file, "rb") as stream:
+    with file.open("rb") as stream:
+        if file.suffix == ".tar":
             for row, size in zip(rows, sizes, strict=True):
                 stream.seek(row)
                 yield stream.read(size)
-        return
+        else:
+            yield from _parquet_images(pq.ParquetFile(stream), rows)
+
+
+def _parquet_images(source: pq.ParquetFile, rows: list[int]) -> Iterator[bytes]:
     wanted, position = iter(rows), 0
     target = next(wanted, None)
-    for batch in pq.ParquetFile(file).iter_batches(batch_size=256, columns=["image"]):
+    for batch in source.iter_batches(batch_size=256, columns=["image"]):
         column = batch.column(0)
         while target is not None and target < position + len(batch):
             yield column[target - position]["bytes"].as_py()

@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -42,7 +41,8 @@ def pool_size(pool: Pool) -> tuple[int, bool]:
         if marker.exists():
             pairs += json.loads(marker.read_text())["read"]
         elif file.suffix == ".parquet":
-            pairs += pq.read_metadata(file).num_rows
+            with file.open("rb") as stream:
+                pairs += pq.read_metadata(stream).num_rows
         else:
             if not per_byte:
                 per_byte = sum(1 for _ in read_samples(file)) / max(file.stat().st_size, 1)
@@ -96,9 +96,3 @@ def table(costs: list[Cost], pairs: int, *, counted: bool, nodes: int, workers: 
         cells = ("0", work) if on else (work, "0")
         view.add_row(cost.stage, f"{cost.pairs_per_second:,.0f}", f"{took:,.3g}", *cells)
     return view
-
-
-def pool_note(pool: Pool) -> str:
-    """How much disk the pool takes."""
-    size = sum(Path(file).stat().st_size for file in pool.files)
-    return f"{size / 1e9:,.2f} GB in {len(pool.files)} files"

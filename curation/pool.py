@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.engine import Unit
-from curation.ingest import Ingest, pool_files, read_images
+from curation.ingest import Ingest, identity, location, pool_files, read_images
 from curation.step import Annotator, Costly, fingerprint
 from pipeline.shards import write_json, write_table
 
@@ -32,7 +32,9 @@ def file_digest(path: str | Path) -> str:
 
 
 def default_cache(pool: str | Path) -> Path:
-    """Beside the pool: <pool>.annotations."""
+    """Beside the pool: <pool>.annotations. Raises ValueError for a pool that is not on a disk."""
+    if not isinstance(location(pool), Path):
+        raise ValueError(f"pool={pool} is not on a disk: say where its annotations go, cache=DIR")
     path = Path(pool).resolve()
     return path.with_name(path.name + ".annotations")
 
@@ -45,28 +47,32 @@ class Pool:
     def __init__(
         self, root: str | Path, cache: Path, ingest: Ingest, ingest_config: Mapping[str, Any]
     ):
-        self.root, self.cache, self.ingest = Path(root), cache, ingest
+        self.root, self.cache, self.ingest = location(root), cache, ingest
         self.files = pool_files(root)
         self.fingerprint = fingerprint("ingest", ingest.version, dict(ingest_config))
         self.folder = cache / f"ingest-{self.fingerprint}"
 
     def place(self, file: Path) -> Path:
         """The folder of a pool file's ingested rows."""
-        return self.folder / file.relative_to(self.root)
+        return self.folder / self.name_of(file)
+
+    def name_of(self, file: Path) -> str:
+        """A pool file's name below the root."""
+        return str(file.relative_to(self.root))
 
     def ingest_units(self) -> list[Unit]:
         """One unit a pool file. Raises ValueError for a file that changed since it was ingested."""
         units = []
         for file in self.files:
-            marker, stat = self.place(file) / "counts.json", file.stat()
+            marker, now = self.place(file) / "counts.json", identity(file)
             if marker.exists():
                 was = json.loads(marker.read_text())["file"]
-                if was != {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}:
+                if was != now:
                     raise ValueError(
                         f"{file} changed since it was ingested: its annotations would be wrong. "
                         f"Remove the cache {self.cache}, or give another one with cache=DIR"
                     )
-            units.append(Unit(marker, (self.ingest, file, marker.parent), stat.st_size))
+            units.append(Unit(marker, (self.ingest, file, marker.parent), now["bytes"]))
         return units
 
     def counts(self) -> dict[str, Any]:
@@ -117,7 +123,7 @@ class Facts:
 
     def unit_files(self, file: Path) -> list[tuple[Path, int, int]]:
         """(output, first row, number of rows) of each unit of a pool file."""
-        place, rows = self.folder / file.relative_to(self.pool.root), self.pool.num_rows(file)
+        place, rows = self.folder / self.pool.name_of(file), self.pool.num_rows(file)
         step = self.rows_per_unit
         return [
             (place / f"{start:010d}.parquet", start, min(step, rows - start))
@@ -141,12 +147,11 @@ class Facts:
 
 def ingest_file(ingest: Ingest, file: Path, place: Path) -> None:
     """The work of an ingest unit."""
-    stat = file.stat()
+    found = identity(file)
     rows, rejected, counts = ingest.run(file)
     write_table(place / "rows.parquet", rows)
     write_table(place / "rejected.parquet", rejected)
-    identity = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    write_json(place / "counts.json", {**counts, "file": identity})
+    write_json(place / "counts.json", {**counts, "file": found})
 
 
 def annotate_unit(facts: Facts, file: Path, out: Path, start: int, rows: int) -> None:

@@ -64,7 +64,7 @@ def select(
     """
     names = fingerprint(
         pool.fingerprint,
-        [str(file.relative_to(pool.root)) for file in pool.files],
+        [pool.name_of(file) for file in pool.files],
         {name: fact.fingerprint for name, fact in facts.items()},
         [(name, *_identity(s, configs[name])) for name, s in selectors.items()],
         seed,
@@ -168,7 +168,7 @@ def _parts(
     parts = []
     for file in pool.files:
         part = pq.read_table(pool.place(file) / "rows.parquet")
-        place = [str(file.relative_to(pool.root))] * part.num_rows
+        place = [pool.name_of(file)] * part.num_rows
         part = part.append_column("file", pa.array(place, pa.string()))
         for name, columns in wanted.items():
             if columns:

@@ -59,6 +59,7 @@ LIBRARIES = {
     "matplotlib": 3,
     "datatrove": 2,
     "PIL": 2,
+    "upath": 2,
     "tokenizers": 2,
 }
 # floor 1 is torch alone; floor 0 may know configs and Arrow, the format of the shards' index
