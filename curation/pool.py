@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 
 from curation.engine import Unit
 from curation.ingest import Ingest, identity, location, pool_files, read_images
-from curation.step import Annotator, Costly, fingerprint
-from pipeline.shards import write_json, write_table
+from curation.step import Annotator, Columnar, Costly, fingerprint
+from pipeline.shards import read_rows, write_json, write_table
 
 ROWS_PER_UNIT = 1024  # rows of one annotation unit: what a kill can cost
+ROWS_PER_GROUP = 8 * ROWS_PER_UNIT  # of the ingested rows: a unit decodes the groups it needs
 
 
 def file_digest(path: str | Path) -> str:
@@ -149,7 +150,7 @@ def ingest_file(ingest: Ingest, file: Path, place: Path) -> None:
     """The work of an ingest unit."""
     found = identity(file)
     rows, rejected, counts = ingest.run(file)
-    write_table(place / "rows.parquet", rows)
+    write_table(place / "rows.parquet", rows, rows_per_group=ROWS_PER_GROUP)
     write_table(place / "rejected.parquet", rejected)
     write_json(place / "counts.json", {**counts, "file": found})
 
@@ -157,15 +158,22 @@ def ingest_file(ingest: Ingest, file: Path, place: Path) -> None:
 def annotate_unit(facts: Facts, file: Path, out: Path, start: int, rows: int) -> None:
     """The work of an annotation unit: rows [start, start + rows) of a pool file."""
     annotator = facts.annotator
-    part = pq.read_table(facts.pool.place(file) / "rows.parquet").slice(start, rows)
-    wanted = ["uid", *annotator.reads]
+    wanted = list(dict.fromkeys(["uid", *annotator.reads]))
+    loaded = [*wanted, "row", "num_bytes"] if annotator.needs_images else wanted
+    part = read_rows(facts.pool.place(file) / "rows.parquet", start, rows, loaded)
+    schema = pa.schema([("uid", pa.string()), *annotator.columns.items()])
+    if isinstance(annotator, Columnar) and not annotator.needs_images:
+        found = annotator.annotate_table(part)
+        answers = [part["uid"], *(found[name].cast(schema.field(name).type) for name in found)]
+        names = ["uid", *found]
+        write_table(out, pa.Table.from_arrays(answers, names=names).select(schema.names))
+        return
     batch = part.select(wanted).to_pylist()
     if annotator.needs_images:
         for sample, image in zip(batch, images_of(file, part), strict=True):
             sample["image"] = image
     found = annotator.annotate(batch)
     assert len(found) == rows, f"{annotator.name}: {len(found)} answers for {rows} samples"
-    schema = pa.schema([("uid", pa.string()), *annotator.columns.items()])
     uids = part["uid"].to_pylist()
     answers = [{"uid": uid, **answer} for uid, answer in zip(uids, found, strict=True)]
     write_table(out, pa.Table.from_pylist(answers, schema=schema))

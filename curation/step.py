@@ -34,6 +34,15 @@ class Annotator(Protocol):
 
 
 @runtime_checkable
+class Columnar(Protocol):
+    """An annotator that also answers for a whole table, without an object per row."""
+
+    def annotate_table(self, part: pa.Table) -> dict[str, pa.Array]:
+        """`part` holds uid and `reads`; one array of its length for each of `columns`."""
+        ...
+
+
+@runtime_checkable
 class Costly(Protocol):
     """An annotator so expensive that a unit of `pool.ROWS_PER_UNIT` rows would be too much to
     lose.

@@ -1,121 +1,18 @@
-"""Which metadata entries does a caption mention? The matching of MetaCLIP (arXiv:2309.16671) and
-MetaCLIP 2 (2507.22062).
+"""Annotator: which metadata entries a caption mentions (MetaCLIP, arXiv:2309.16671, sec. 3.2;
+MetaCLIP 2, arXiv:2507.22062). The matching itself is `curation.metadata.matcher`.
 
-An entry matches where it stands between spaces in the spaced caption. One Aho-Corasick automaton
-over the padded entries finds all overlapping matches of both rules, exactly; tests hold it against
-the reference's linear scan.
-Price: building takes 0.5 s and 33 MB for 120,000 entries; matching runs at about 120,000 captions a
-    second and core.
+Price: about half a million captions a second and core with rule 1 (benchmarks/results/matching.md).
 """
 
 import json
-import string
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from curation.metadata.spacing import spaced
+from curation.metadata.matcher import EntryMatcher, Rule, padded
 
-Rule = Literal["metaclip", "metaclip2"]
-
-# MetaCLIP 2: scripts written without spaces. Kana and Hangul are not among them in the reference,
-# which we follow.
-_UNSPACED_RANGES = (
-    (0x4E00, 0x9FFF),  # CJK unified, then its extensions A to F, compatibility forms and radicals
-    (0x3400, 0x4DBF),
-    (0x20000, 0x2A6DF),
-    (0x2A700, 0x2B73F),
-    (0x2B740, 0x2B81F),
-    (0x2B820, 0x2CEAF),
-    (0x2CEB0, 0x2EBEF),
-    (0xF900, 0xFAFF),
-    (0x2E80, 0x2EFF),
-    (0x2F00, 0x2FDF),
-    (0x2FF0, 0x2FFF),
-    (0x0E00, 0x0E7F),  # Thai
-    (0x0E80, 0x0EFF),  # Lao
-    (0x1000, 0x109F),  # Burmese
-    (0x1780, 0x17FF),  # Khmer
-    (0x0F00, 0x0FFF),  # Tibetan
-)
-_UNSPACED_MARKS = frozenset(string.punctuation + "，。、；：？！“”‘’（）【】《》〈〉「」『』～—")
-
-
-def _unspaced(character: str) -> bool:
-    code = ord(character)
-    return character in _UNSPACED_MARKS or any(
-        low <= code <= high for low, high in _UNSPACED_RANGES
-    )
-
-
-def padded(entry: str, rule: Rule) -> str:
-    """What must occur in the spaced caption for the entry to match.
-
-    "metaclip": a space on both sides. "metaclip2": no space beside an edge that is CJK-like or
-        punctuation.
-    """
-    if rule == "metaclip":
-        return f" {entry} "
-    before = "" if _unspaced(entry[0]) else " "
-    after = "" if _unspaced(entry[-1]) else " "
-    return before + entry + after
-
-
-class EntryMatcher:
-    """Finds all entries in captions, nested and overlapping ones too; case-sensitive.
-
-    entries: distinct non-empty strings; the position is the id. rule: see `padded`.
-    Raises ValueError for an unknown rule and for empty or repeated entries (an automaton keeps one
-        id per string).
-    """
-
-    def __init__(self, *, entries: Sequence[str], rule: Rule = "metaclip"):
-        if rule not in ("metaclip", "metaclip2"):
-            raise ValueError(f"unknown rule {rule!r}: use metaclip or metaclip2")
-        _check_entries(entries)
-        import ahocorasick_rs
-
-        # The contiguous NFA is the fastest of the three and needs a tenth of the DFA's memory at
-        # 500,000 entries.
-        self._automaton = ahocorasick_rs.AhoCorasick(
-            [padded(entry, rule) for entry in entries],
-            matchkind=ahocorasick_rs.MatchKind.Standard,
-            implementation=ahocorasick_rs.Implementation.ContiguousNFA,
-        )
-
-    def match(self, captions: Sequence[str]) -> list[list[int]]:
-        """Sorted distinct ids per caption. Raises ValueError for a caption that is not a string,
-        naming its position.
-        """
-        find = self._automaton.find_matches_as_indexes
-        found = []
-        for position, caption in enumerate(captions):
-            if not isinstance(caption, str):
-                raise ValueError(
-                    f"caption {position} is {caption!r}, not a string: drop such pairs first"
-                )
-            found.append(sorted({match[0] for match in find(spaced(caption), overlapping=True)}))
-        return found
-
-
-def _check_entries(entries: Sequence[str]) -> None:
-    if isinstance(entries, str):
-        raise ValueError("entries is one string: give a list of strings")
-    wrong = [i for i, entry in enumerate(entries) if not isinstance(entry, str) or not entry]
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} entries are empty or not strings, first at positions "
-            f"{wrong[:5]}: remove them"
-        )
-    if len(set(entries)) < len(entries):
-        seen: set[str] = set()
-        repeated = [entry for entry in entries if entry in seen or seen.add(entry)]
-        raise ValueError(
-            f"{len(repeated)} entries occur more than once, such as {repeated[:5]}: "
-            "keep one of each (ids are positions in the list)"
-        )
+__all__ = ["Entries", "EntryMatcher", "padded", "read_entries"]
 
 
 def read_entries(path: str | Path) -> list[str]:
@@ -176,16 +73,25 @@ class Entries:
 
     def annotate(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Raises ValueError for a caption that is not a string; ingest counts and drops those."""
-        if self._matcher is None:
-            self._matcher = self._build()
-        captions = [sample["caption"] for sample in batch]
-        for sample in batch:
-            if not isinstance(sample["caption"], str):
-                raise ValueError(
-                    f"the caption of {sample['uid']} is {sample['caption']!r}, not a string"
-                )
+        texts = self._texts([s["uid"] for s in batch], [s["caption"] for s in batch])
+        return [{"entries": ids} for ids in self._load().match(texts)]
+
+    def annotate_table(self, part: pa.Table) -> dict[str, pa.Array]:
+        """The same answers for a table with uid and caption, as a column: no object per row."""
+        texts = part["caption"]
+        if texts.null_count or self.lower_case or self.rule == "metaclip2":
+            texts = self._texts(part["uid"].to_pylist(), texts.to_pylist())
+        return {"entries": self._load().match_lists(texts)}
+
+    def _texts(self, uids: list[str], captions: list[Any]) -> list[str]:
+        for uid, caption in zip(uids, captions, strict=True):
+            if not isinstance(caption, str):
+                raise ValueError(f"the caption of {uid} is {caption!r}, not a string")
         if self.rule == "metaclip2":
             captions = [caption.strip() for caption in captions]
-        if self.lower_case:
-            captions = [caption.lower() for caption in captions]
-        return [{"entries": ids} for ids in self._matcher.match(captions)]
+        return [caption.lower() for caption in captions] if self.lower_case else captions
+
+    def _load(self) -> EntryMatcher:
+        if self._matcher is None:
+            self._matcher = self._build()
+        return self._matcher

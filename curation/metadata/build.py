@@ -1,140 +1,154 @@
-"""Build an entry list: WordNet's lemmas and the pool's own frequent words and word pairs (MetaCLIP,
-sec. 3.1).
-
-The order is MetaCLIP's: "0" to "99", WordNet, unigrams, bigrams (its last source, Wikipedia titles
-by page views, has no counterpart in a pool). Same captions and knobs = same file, byte for byte.
-N-grams are cut exactly as matching cuts captions, so every one of them matches where it was
-counted.
+"""COMMAND: build an entry list of WordNet's lemmas, a Wikipedia dump and the pool's own frequent
+words and word pairs (MetaCLIP, arXiv:2309.16671, sec. 3.1; MetaCLIP 2, arXiv:2507.22062).
 
     python -m curation.metadata.build --captions rows.parquet ... --output entries.json
+
+The order is MetaCLIP's: "0" to "99", WordNet, unigrams, bigrams, titles of Wikipedia; the pool's
+unigrams and bigrams last. Within a source by falling count, PMI or views, then alphabetically (the
+released code leaves it to Python's set). Same files and knobs = same file, byte for byte. N-grams
+are cut exactly as matching cuts captions, so every one of them matches where it was counted.
 """
 
 import argparse
 import hashlib
 import json
-import math
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from curation.metadata.spacing import spaced
+from curation.metadata.knobs import WIKIPEDIA, EntryKnobs, WikipediaKnobs
+from curation.metadata.ngrams import associated_bigrams, count_ngrams, frequent
+from curation.metadata.wikipedia import open_text, page_views, paragraphs
 from curation.metadata.wordnet import lemmas
 
 FORMAT = "pairwright-entries-1"
 _MAX_LENGTH = 256  # characters, as in MetaCLIP 2
+_PUNCTUATION = frozenset(string.punctuation + "，。、；：？¿！“”‘’（）【】《》〈〉「」『』～—")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EntryKnobs:
-    """What decides about the list.
+class WikipediaFiles:
+    """A dump: files of text and of page views, either may be missing, and their knobs."""
 
-    min_unigram_count: occurrences a word needs. MetaCLIP: 100 in English Wikipedia.
-    min_bigram_count: occurrences a word pair needs; rare pairs have the highest PMI and mean the
-        least.
-    min_pmi: bits by which a pair is more frequent than by chance. MetaCLIP: 30, which only a corpus
-        of 2^30 words can reach; a pool of W words has pairs up to log2(W).
-    wordnet: false leaves the lemmas out.
-    lower_case: lower-case the captions first; for matching with lower_case=true.
-    """
-
-    min_unigram_count: int = 5
-    min_bigram_count: int = 5
-    min_pmi: float = 5.0
-    wordnet: bool = True
-    lower_case: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("min_unigram_count", "min_bigram_count"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: need at least 1")
+    text: Sequence[Path] = ()
+    page_views: Sequence[Path] = ()
+    knobs: WikipediaKnobs = WIKIPEDIA["metaclip"]
 
 
-def build(captions: Iterable[str], knobs: EntryKnobs | None = None) -> dict[str, Any]:
-    """The entry list as written to disk: format, entries, sources {name: number of new entries},
-    knobs, sha256.
+@dataclass(frozen=True)
+class _Source:
+    """Candidates in order, and how many of them may be new; None: all."""
 
+    candidates: Sequence[str]
+    cap: int | None = None
+
+
+def build(
+    captions: Iterable[str],
+    knobs: EntryKnobs | None = None,
+    *,
+    wikipedia: WikipediaFiles | None = None,
+    more_lemmas: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The entry list as written to disk: format, language, sources {name: number of new entries},
+    knobs, sha256, entries.
+
+    more_lemmas: a WordNet of another language; follows the English one, if that is asked for.
     sha256 is of the entries as compact UTF-8 JSON: it names the ids' meaning.
     """
     knobs = knobs or EntryKnobs()
     unigrams, bigrams = count_ngrams(captions, lower_case=knobs.lower_case)
+    pairs = associated_bigrams(
+        unigrams, bigrams, min_count=knobs.min_bigram_count, min_pmi=knobs.min_pmi
+    )
     sources = {
-        "numbers": [str(number) for number in range(100)],
-        "wordnet": lemmas() if knobs.wordnet else [],
-        "unigrams": frequent_unigrams(unigrams, min_count=knobs.min_unigram_count),
-        "bigrams": associated_bigrams(
-            unigrams, bigrams, min_count=knobs.min_bigram_count, min_pmi=knobs.min_pmi
-        ),
+        "numbers": _Source([str(number) for number in range(100)]),
+        "wordnet": _Source([*(lemmas() if knobs.wordnet else []), *more_lemmas]),
+        **(_wikipedia_sources(wikipedia, knobs) if wikipedia else {}),
+        "unigrams": _Source(frequent(unigrams, min_count=knobs.min_unigram_count)),
+        "bigrams": _Source(_written(pairs, knobs)),
     }
     entries: dict[str, None] = {}
-    new: dict[str, int] = {}
-    for name, candidates in sources.items():
-        before = len(entries)
-        entries.update(dict.fromkeys(entry for entry in candidates if len(entry) <= _MAX_LENGTH))
-        new[name] = len(entries) - before
+    new = {name: _add(entries, source, knobs.max_entries) for name, source in sources.items()}
     text = json.dumps(list(entries), ensure_ascii=False, separators=(",", ":"))
     return {
         "format": FORMAT,
         "sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
+        "language": knobs.language,
         "sources": new,
-        "knobs": asdict(knobs),
+        "knobs": asdict(knobs) | ({"wikipedia": asdict(wikipedia.knobs)} if wikipedia else {}),
         "entries": list(entries),
     }
 
 
-def count_ngrams(
-    captions: Iterable[str], *, lower_case: bool
-) -> tuple[Counter[str], Counter[tuple[str, str]]]:
-    """Occurrences of words, and of pairs of words with one space between them.
-
-    A word is what stands between spaces in the spaced caption, begins and ends with a letter or
-    digit.
-    """
-    unigrams: Counter[str] = Counter()
-    bigrams: Counter[tuple[str, str]] = Counter()
-    for caption in captions:
-        tokens = spaced(caption.lower() if lower_case else caption).split(" ")
-        words = [
-            token if token and token[0].isalnum() and token[-1].isalnum() else None
-            for token in tokens
-        ]
-        unigrams.update(word for word in words if word)
-        bigrams.update((first, second) for first, second in pairwise(words) if first and second)
-    return unigrams, bigrams
-
-
-def frequent_unigrams(unigrams: Counter[str], *, min_count: int) -> list[str]:
-    """Words by falling count, then alphabetically."""
-    return sorted(
-        (word for word, count in unigrams.items() if count >= min_count),
-        key=lambda word: (-unigrams[word], word),
+def _add(entries: dict[str, None], source: _Source, max_entries: int | None) -> int:
+    """Adds what is new and can be an entry, at most the source's cap; returns how many."""
+    before = len(entries)
+    stop = min(
+        before + len(source.candidates) if source.cap is None else before + source.cap,
+        before + len(source.candidates) if max_entries is None else max_entries,
     )
+    for candidate in source.candidates:
+        if len(entries) >= stop:
+            break
+        candidate = candidate.strip()
+        if 0 < len(candidate) <= _MAX_LENGTH and not _PUNCTUATION.issuperset(candidate):
+            entries[candidate] = None
+    return len(entries) - before
 
 
-def associated_bigrams(
-    unigrams: Counter[str],
-    bigrams: Counter[tuple[str, str]],
-    *,
-    min_count: int,
-    min_pmi: float,
-) -> list[str]:
-    """Pairs "a b" by falling pointwise mutual information log2(n_ab * W / (n_a * n_b)), W words in
-    all.
+def _wikipedia_sources(files: WikipediaFiles, knobs: EntryKnobs) -> dict[str, _Source]:
+    wiki, capped = files.knobs, files.knobs.caps == "metaclip2"
+    sources = {}
+    if files.text:
+        unigrams, bigrams = count_ngrams(paragraphs(files.text), lower_case=knobs.lower_case)
+        words = frequent(unigrams, min_count=wiki.min_unigram_count)
+        pairs = associated_bigrams(
+            unigrams, bigrams, min_count=wiki.min_bigram_count, min_pmi=wiki.min_pmi
+        )
+        cap = min(251_465, len(unigrams) // 10) if capped else None
+        sources["wikipedia_unigrams"] = _Source(words, cap)
+        cap = 100_646 if capped else None
+        sources["wikipedia_bigrams"] = _Source(_written(pairs, knobs), cap)
+    if files.page_views:
+        views = page_views(
+            files.page_views,
+            language=knobs.language,
+            min_hourly_views=wiki.min_hourly_views,
+            mobile=wiki.mobile,
+        )
+        cap = min(61_235, len(views) * 76 // 100) if capped else None
+        titles = frequent(views, min_count=wiki.min_title_views)
+        if knobs.lower_case:
+            titles = [title.lower() for title in titles]
+        sources["wikipedia_titles"] = _Source(titles, cap)
+    return sources
+
+
+def _written(pairs: list[str], knobs: EntryKnobs) -> list[str]:
+    return [pair.replace(" ", "") for pair in pairs] if knobs.unspaced else pairs
+
+
+def read_lemmas(path: Path) -> list[str]:
+    """A WordNet of another language: a lemma a line, or the tab files of the Open Multilingual
+    Wordnet ("offset<TAB>lang:lemma<TAB>lemma"). "_" is a space; "+", which marks a boundary there,
+    goes. Sorted, distinct.
     """
-    total = unigrams.total()
-    scored = [
-        (-math.log2(count * total / (unigrams[first] * unigrams[second])), f"{first} {second}")
-        for (first, second), count in bigrams.items()
-        if count >= min_count
-    ]
-    return [pair for negative_pmi, pair in sorted(scored) if -negative_pmi >= min_pmi]
+    found = set()
+    with open_text(path) as lines:
+        for line in lines:
+            columns = line.rstrip("\r\n").split("\t")
+            if line.startswith("#") or (len(columns) > 2 and not columns[1].endswith("lemma")):
+                continue
+            found.add(columns[min(2, len(columns) - 1)].replace("_", " ").replace("+", "").strip())
+    return sorted(found - {""})
 
 
-def write(metadata: dict[str, Any], path: Path) -> None:
+def write(metadata: Mapping[str, Any], path: Path) -> None:
     """One entry a line, to a temporary name first."""
     head = {name: value for name, value in metadata.items() if name != "entries"}
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in metadata["entries"])
@@ -155,28 +169,64 @@ def read_captions(files: Iterable[Path], *, column: str) -> Iterator[str]:
             yield from (caption for caption in batch.column(0).to_pylist() if caption is not None)
 
 
+def _add_knobs(parser: argparse.ArgumentParser, knobs: type, prefix: str = "") -> None:
+    """An option per knob; None: not given, so that the defaults stay in one place."""
+    for field in fields(knobs):
+        flag = f"--{prefix}{field.name}".replace("_", "-")
+        if isinstance(field.default, bool):
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, dest=prefix + field.name
+            )
+        else:
+            kind = int if field.default is None else type(field.default)
+            parser.add_argument(flag, type=kind, dest=prefix + field.name)
+
+
+def _given(options: argparse.Namespace, knobs: type, prefix: str = "") -> dict[str, Any]:
+    values = {field.name: getattr(options, prefix + field.name) for field in fields(knobs)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def main() -> None:
-    """Read captions from Parquet files, build, write."""
-    parser = argparse.ArgumentParser(description="Build the entry list of a pool.")
-    parser.add_argument("--captions", type=Path, nargs="+", required=True, help="Parquet files")
-    parser.add_argument("--column", default="caption")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--min-unigram-count", type=int, default=EntryKnobs.min_unigram_count)
-    parser.add_argument("--min-bigram-count", type=int, default=EntryKnobs.min_bigram_count)
-    parser.add_argument("--min-pmi", type=float, default=EntryKnobs.min_pmi)
-    parser.add_argument("--no-wordnet", action="store_true")
-    parser.add_argument("--lower-case", action="store_true")
-    arguments = parser.parse_args()
-    knobs = EntryKnobs(
-        min_unigram_count=arguments.min_unigram_count,
-        min_bigram_count=arguments.min_bigram_count,
-        min_pmi=arguments.min_pmi,
-        wordnet=not arguments.no_wordnet,
-        lower_case=arguments.lower_case,
+    """Read the sources, build, write."""
+    parser = argparse.ArgumentParser(
+        description="Build the entry list of a pool. Knobs: curation/metadata/knobs.py"
     )
-    metadata = build(read_captions(arguments.captions, column=arguments.column), knobs)
-    write(metadata, arguments.output)
-    print(f"{arguments.output}: {len(metadata['entries'])} entries, {metadata['sources']}")
+    add = parser.add_argument
+    add("--output", type=Path, required=True)
+    add("--captions", type=Path, nargs="+", default=[], help="Parquet files")
+    add("--column", default="caption")
+    add("--wikipedia-text", type=Path, nargs="+", default=[], help="plain or JSON lines, .gz, .bz2")
+    add("--wikipedia-views", type=Path, nargs="+", default=[], help="page view files, .gz, .bz2")
+    add(
+        "--wikipedia-rule", choices=WIKIPEDIA, default="metaclip", help="whose values to begin with"
+    )
+    add("--lemmas", type=Path, nargs="+", default=[], help="another language's WordNet")
+    _add_knobs(parser, EntryKnobs)
+    _add_knobs(parser, WikipediaKnobs, "wikipedia_")
+    options = parser.parse_args()
+    given = _given(options, EntryKnobs)
+    given.setdefault("wordnet", given.get("language", "en") == "en")
+    knobs = EntryKnobs(**given)
+    wikipedia = None
+    if options.wikipedia_text or options.wikipedia_views:
+        wikipedia = WikipediaFiles(
+            text=options.wikipedia_text,
+            page_views=options.wikipedia_views,
+            knobs=replace(
+                WIKIPEDIA[options.wikipedia_rule], **_given(options, WikipediaKnobs, "wikipedia_")
+            ),
+        )
+    if not (options.captions or wikipedia or options.lemmas or knobs.wordnet):
+        parser.error("no source: give --captions, --wikipedia-text, --wikipedia-views or --lemmas")
+    metadata = build(
+        read_captions(options.captions, column=options.column),
+        knobs,
+        wikipedia=wikipedia,
+        more_lemmas=[lemma for path in options.lemmas for lemma in read_lemmas(path)],
+    )
+    write(metadata, options.output)
+    print(f"{options.output}: {len(metadata['entries'])} entries, {metadata['sources']}")
 
 
 if __name__ == "__main__":

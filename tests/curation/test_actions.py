@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -97,8 +98,12 @@ def test_the_card_counts_before_and_after(dirty, tmp_path):
 def test_the_dataset_is_logged_to_wandb(dirty, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     curate(dirty, tmp_path / "out", "track=wandb")
-    written = list((tmp_path / "out.wandb").rglob("run-*.wandb"))
-    assert len(written) == 1 and written[0].stat().st_size > 0
-    content = written[0].read_bytes()
-    assert b"dataset-out" in content and b"curation/steps" in content
-    assert b"frequent_caption" in content
+    wanted = (b"dataset-out", b"curation/steps", b"frequent_caption")
+    until = time.monotonic() + 30  # W&B's own process writes the file a little later
+    content = b""
+    while not all(word in content for word in wanted) and time.monotonic() < until:
+        time.sleep(0.1)
+        written = list((tmp_path / "out.wandb").rglob("run-*.wandb"))
+        content = b"".join(path.read_bytes() for path in written)
+    assert len(written) == 1
+    assert all(word in content for word in wanted)
