@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from curation.engine import Unit
 from curation.ingest import Ingest, identity, location, pool_files, read_images
-from curation.step import Annotator, Columnar, Costly, fingerprint
+from curation.step import Annotator, Columnar, Costly, Operational, fingerprint
 from pipeline.shards import read_rows, write_json, write_table
 
 ROWS_PER_UNIT = 1024  # rows of one annotation unit: what a kill can cost
@@ -106,6 +106,18 @@ class Pool:
         )
 
 
+def settings(annotator: Annotator, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config decides the answers: no input files (content counts), no speed."""
+    left = {key: value for key, value in config.items() if key not in annotator.inputs}
+    for path in annotator.operational if isinstance(annotator, Operational) else ():
+        key, _, below = path.partition(".")
+        if below and isinstance(left.get(key), Mapping):
+            left[key] = {k: v for k, v in left[key].items() if k != below}
+        else:
+            left.pop(key, None)
+    return left
+
+
 class Facts:
     """One annotator's columns over a pool. `config`: the annotator node's values."""
 
@@ -114,7 +126,7 @@ class Facts:
         self.fingerprint = fingerprint(
             annotator.name,
             annotator.version,
-            {key: value for key, value in config.items() if key not in annotator.inputs},
+            settings(annotator, config),
             {key: file_digest(path) for key, path in annotator.inputs.items()},
             pool.fingerprint,
         )

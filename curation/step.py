@@ -51,6 +51,13 @@ class Costly(Protocol):
     rows_per_unit: int  # what a kill can cost
 
 
+@runtime_checkable
+class Operational(Protocol):
+    """An annotator with settings that change its speed and not its answers."""
+
+    operational: tuple[str, ...]  # dotted paths in its config: server.url; no part of fingerprints
+
+
 class Selector(Protocol):
     """A global decision over narrow columns. The result may not depend on how rows fall into
     parts.

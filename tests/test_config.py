@@ -35,7 +35,7 @@ def test_the_good_config_is_good():
         (["~model.image.patch_size"], ["model.image", "needs 'patch_size'"]),
         (["micro_batch_size=300"], ["micro_batch_size: 300", "local batch of 256"]),
         (["samples_seen=100"], ["samples_seen: 100 is less than one batch of 256"]),
-        (["schedule.warmup_samples=204800"], ["schedule.warmup_samples: 204800 is not below"]),
+        (["schedule.warmup_samples=256000"], ["schedule.warmup_samples: 256000 is not below"]),
         (["data.shards=???"], ["data.shards: missing", "data.shards=..."]),
         (["+loss.extra.weight=1"], ["loss.extra"]),
         (["schedule.warmup_samples=${nothing}"], ["schedule.warmup_samples", "nothing"]),

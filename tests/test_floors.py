@@ -82,6 +82,7 @@ NEIGHBOURS = {
     ("curation.annotate", "curation.metadata"),  # matching knows how an entry list is spelled
     ("pipeline.trainer", "pipeline.tracking"),
     ("pipeline.train", "pipeline.check"),  # the command counts its processes as the check does
+    ("pipeline.train_captioner", "pipeline.check"),
     # curation meets pipeline's edges below it: pictures are decoded the same way everywhere
     ("curation.ingest", "pipeline.data"),
 }

@@ -24,6 +24,7 @@ class Embed:
 
     name, version = "embed", 1
     needs_images, reads = True, ("caption",)
+    operational = ("batch_size", "threads")
 
     def __init__(self, *, run: str, batch_size: int = 256, threads: int = 1):
         if batch_size < 1 or threads < 1:

@@ -61,6 +61,7 @@ class TextSpotting:
         "text_area_fraction": pa.float32(),
         "text_spotting_error": pa.string(),
     }
+    operational = ("engine.provider", "engine.threads", "max_failed_fraction")
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Facts are computed once; decisions are cheap, global, and have reasons."""
 
 import json
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from curation.metadata.build import EntryKnobs, build, write
+from curation.pool import settings
 from curation.run import run
 from pipeline.check import composed
 from pipeline.config import build as build_component
@@ -51,6 +53,8 @@ def proxy(tmp_path):
 
 
 def curate(pool, out, entries, proxy, *overrides):
+    phrases = entries.with_name("phrases.json")
+    phrases.write_text('["free download"]')
     return run(
         composed(
             "curate",
@@ -61,6 +65,7 @@ def curate(pool, out, entries, proxy, *overrides):
                 f"out={out}",
                 f"annotate.entries.entries={entries}",
                 f"annotate.embed.run={proxy}",
+                f"annotate.strip_boilerplate.phrases={phrases}",
                 *overrides,
             ],
         )
@@ -89,7 +94,7 @@ def test_every_step_counts_and_a_changed_threshold_recomputes_no_fact(
         assert before["kept"] == after["read"]
     assert steps["neighbours"]["dropped"] == {"neighbours": 10}
     was = facts(pool)
-    assert len({name.split("-")[0] for name in was}) == 5  # ingest and four annotators
+    assert len({name.split("-")[0] for name in was}) == 6  # ingest and four annotators
 
     second = curate(pool, tmp_path / "b", entries, proxy, "select.neighbours.fraction=0.5")
     assert facts(pool) == was
@@ -184,3 +189,14 @@ def test_uid_order_of_pool_rows_does_not_matter(parquet_pool, tmp_path, entries,
     pq.write_table(table.take(pa.array(range(39, -1, -1))), turned / "part-0.parquet")
     second = curate(turned, tmp_path / "b", entries, proxy)
     assert first.plan(["uid"])["uid"].to_pylist() == second.plan(["uid"])["uid"].to_pylist()
+
+
+def test_speed_is_no_part_of_a_fingerprint():
+    class Served:
+        inputs: ClassVar[dict[str, str]] = {"words": "list.json"}
+        operational = ("server.url", "threads")
+
+    config = {"server": {"url": "a", "name": "m"}, "threads": 2, "words": "list.json", "top_p": 1}
+    assert settings(Served(), config) == {"server": {"name": "m"}, "top_p": 1}
+    Served.operational = ()
+    assert settings(Served(), config)["server"] == {"url": "a", "name": "m"}

@@ -182,7 +182,7 @@ def test_late_balance_draws_anew_each_epoch_and_resumes(tmp_path, make_picture):
     again = stream(tmp_path, late_balance=True)
     again.load_state_dict(first.state_dict())
     done = first.position // 8
-    assert 0 < done and first.state_dict()["epoch"] > 0
+    assert done > 0 and first.state_dict()["epoch"] > 0
     rest = [b["uids"] for b in batches[done : done + 5]]
     assert [b["uids"] for b in take(again, 5)] == rest
     ranks = [take(stream(tmp_path, late_balance=True, rank=r, world_size=2), 12) for r in (0, 1)]
