@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-all lint env peer clean
+.PHONY: demo test test-all test-engines lint env peer engines clean
 
 demo: env ## the whole pipeline on the sample pool; look at runs/demo/index.html
 	examples/emoji/run.sh
@@ -14,6 +14,9 @@ test: env ## the fast suite
 
 test-all: env ## everything that this machine can run
 	$(BIN)/python -m pytest
+
+test-engines: env ## curation on a real SLURM and a real Ray of this machine, where they are installed
+	$(BIN)/python -m pytest -m "slurm or ray"
 
 lint: env ## style, and the floors of docs/architecture.md
 	$(BIN)/ruff check .
@@ -30,6 +33,10 @@ $(VENV)/.installed: pyproject.toml requirements/constraints.txt
 
 peer: ## open_clip in an environment of its own, for the tests marked `peer`
 	requirements/install_peer.sh .venv-peer $(PYTHON)
+
+engines: env ## SLURM (Debian, as root) and Ray, for `make test-engines`; what cannot be had is skipped there by name
+	-$(BIN)/python -m pip install --quiet -e ".[ray]" -c requirements/constraints.txt
+	-apt-get install --yes --quiet --no-install-recommends slurmctld slurmd slurm-client munge
 
 clean: ## remove what the commands above made, but not runs/
 	rm -rf $(VENV) .venv-peer .pytest_cache .ruff_cache
