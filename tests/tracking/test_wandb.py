@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -33,15 +34,8 @@ def offline_records(path: Path):
             pieces = b""
 
 
-def test_an_offline_run_holds_the_name_the_rows_and_the_axis(tmp_path):
-    logger = wandb_logger(name="first", directory=str(tmp_path))
-    for step in (1, 2):
-        row = {"train/loss": 1 / step, "samples_seen": 256 * step}
-        logger.log_metrics(row, step=step)
-    logger.experiment.finish()
-    (path,) = tmp_path.rglob("run-first.wandb")
-    records = list(offline_records(path))
-    rows = [
+def rows(records):
+    return [
         {
             item.key or ".".join(item.nested_key): json.loads(item.value_json)
             for item in r.history.item
@@ -49,8 +43,21 @@ def test_an_offline_run_holds_the_name_the_rows_and_the_axis(tmp_path):
         for r in records
         if r.WhichOneof("record_type") == "history"
     ]
-    assert [row["train/loss"] for row in rows] == [1.0, 0.5]
-    assert [row["samples_seen"] for row in rows] == [256, 512]
+
+
+def test_an_offline_run_holds_the_name_the_rows_and_the_axis(tmp_path):
+    logger = wandb_logger(name="first", directory=str(tmp_path))
+    for step in (1, 2):
+        row = {"train/loss": 1 / step, "samples_seen": 256 * step}
+        logger.log_metrics(row, step=step)
+    logger.experiment.finish()
+    (path,) = tmp_path.rglob("run-first.wandb")
+    until = time.monotonic() + 30  # W&B's own process writes the file a little later
+    while len(rows(list(offline_records(path)))) < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+    records = list(offline_records(path))
+    assert [row["train/loss"] for row in rows(records)] == [1.0, 0.5]
+    assert [row["samples_seen"] for row in rows(records)] == [256, 512]
     assert {r.run.run_id for r in records if r.WhichOneof("record_type") == "run"} == {"first"}
     axes = {r.metric.step_metric for r in records if r.WhichOneof("record_type") == "metric"}
     assert "samples_seen" in axes
