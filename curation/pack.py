@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.engine import LocalEngine, Unit
-from curation.ingest import read_images
+from curation.ingest import location, read_images
 from curation.pool import Pool
 from curation.selection import ROWS_PER_GROUP, Selection
 from curation.step import fingerprint
@@ -33,6 +33,7 @@ from pipeline.shards import (
     ROLES,
     Record,
     read_rows,
+    whole_file,
     write_json,
     write_manifest,
     write_shard,
@@ -184,13 +185,11 @@ def spool_images(pool: Pool, selection: Selection, file: str, spool: Path) -> No
     rows = plan.filter(pc.equal(plan["file"], file))
     sizes = rows["num_bytes"].to_numpy()
     rows = rows.append_column("offset", pa.array(np.cumsum(sizes) - sizes)).sort_by("row")
-    part = spool.with_name(f".{spool.name}.{os.getpid()}.part")
     images = read_images(pool.root / file, rows["row"].to_pylist(), rows["num_bytes"].to_pylist())
-    with open(part, "wb") as sink:
+    with whole_file(spool) as sink:
         for offset, image in zip(rows["offset"].to_pylist(), images, strict=True):
-            os.pwrite(sink.fileno(), image, offset)
-        os.fsync(sink.fileno())
-    os.replace(part, spool)
+            sink.seek(offset)  # not os.pwrite: on a full disk that writes a part and says nothing
+            sink.write(image)
 
 
 def pack_shard(
@@ -206,14 +205,17 @@ def pack_shard(
     """The work of one unit: records [start, start + count) of the plan."""
     part = read_rows(selection.folder / "plan.parquet", start, count)
     places = read_rows(mark / PLACES, start, count)
-    records = shard_records(pool, part, places, primary)
+    records = shard_records(pool, part, places, primary, mark)
     write_json(mark / f"{name}.json", write_shard(out, name, records))
 
 
 def shard_records(
-    pool: Pool, part: pa.Table, places: pa.Table, primary: Sequence[str]
+    pool: Pool, part: pa.Table, places: pa.Table, primary: Sequence[str], spools: Path
 ) -> Iterator[Record]:
-    """The records of a slice of the plan, in its order; memory holds one image at a time."""
+    """The records of a slice of the plan, in its order; memory holds one image at a time.
+
+    spools: a folder for a temporary file of images.
+    """
     scores = [f.name for f in part.schema if pa.types.is_floating(f.type)]
     banks = [f.name for f in part.schema if f.type == CAPTIONS]
     paths, offsets = places["path"].to_pylist(), places["offset"].to_pylist()
@@ -221,26 +223,27 @@ def shard_records(
     with contextlib.ExitStack() as stack:
         images: Any = None
         if any(path.endswith(".parquet") for path in set(paths)):
-            images = stack.enter_context(_decoded(part, paths, offsets))
+            images = stack.enter_context(_decoded(part, paths, offsets, spools))
         for position, row in enumerate(_rows(part)):
             path, offset = paths[position], offsets[position]
             if path.endswith(".parquet"):
                 image = images(position)
             else:
                 if path not in files:
-                    files[path] = stack.enter_context(open(path, "rb"))
-                image = os.pread(files[path].fileno(), row["num_bytes"], offset)
+                    files[path] = stack.enter_context(location(path).open("rb"))
+                files[path].seek(offset)
+                image = files[path].read(row["num_bytes"])
             yield record(pool, row, image, scores, banks, primary)
 
 
 @contextlib.contextmanager
-def _decoded(part: pa.Table, paths: list[str], rows: list[int]) -> Iterator[Any]:
+def _decoded(part: pa.Table, paths: list[str], rows: list[int], spools: Path) -> Iterator[Any]:
     """Images of Parquet files by position, when no exchange was worth it: a spool on disk."""
     sizes, where = part["num_bytes"].to_pylist(), {}
-    with tempfile.TemporaryFile() as spool:
+    with tempfile.TemporaryFile(dir=spools) as spool:
         for path in sorted({path for path in paths if path.endswith(".parquet")}):
             mine = sorted((rows[i], i) for i, other in enumerate(paths) if other == path)
-            images = read_images(Path(path), [r for r, _ in mine], [sizes[i] for _, i in mine])
+            images = read_images(location(path), [r for r, _ in mine], [sizes[i] for _, i in mine])
             for (_, position), image in zip(mine, images, strict=True):
                 where[position] = (spool.tell(), len(image))
                 spool.write(image)

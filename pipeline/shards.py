@@ -10,16 +10,18 @@ Bytes are a function of the records alone (mtime 0, fixed owner and mode), and e
 by rename.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import mmap
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +30,7 @@ import pyarrow.parquet as pq
 FORMAT = "pairwright-shards-1"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 BLOCK = 512  # a tar block
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, file size limit
 CAPTION = pa.struct(
     [
         ("text", pa.string()),
@@ -89,15 +92,35 @@ def content_uid(image: bytes, caption: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
-    """Temporary name, fsync, rename: a reader sees the old file or the whole new one."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write; it appears under `path` when all is written: temporary name, fsync, rename.
+
+    A failure leaves nothing behind. Raises ValueError when the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "wb") as file:
+    # the node too: on a network file system another one may have a process of the same number
+    part = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise ValueError(
+                f"{path}: {error.strerror} while it was written. Nothing finished is lost: make "
+                "room on that disk, then the same command goes on"
+            ) from error
+        raise
+
+
+def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
+    """A reader sees the old file or the whole new one."""
+    with whole_file(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -113,7 +136,7 @@ def write_table(path: Path, table: pa.Table, *, rows_per_group: int | None = Non
     write_atomically(path, sink.getvalue())
 
 
-def read_rows(path: Path, start: int, count: int) -> pa.Table:
+def read_rows(path: Path, start: int, count: int, columns: Sequence[str] | None = None) -> pa.Table:
     """Rows [start, start + count) of a Parquet file; decodes only the row groups they are in."""
     source, groups, first, position = pq.ParquetFile(path), [], 0, 0
     for group in range(source.num_row_groups):
@@ -122,7 +145,7 @@ def read_rows(path: Path, start: int, count: int) -> pa.Table:
             first = first if groups else position
             groups.append(group)
         position += rows
-    return source.read_row_groups(groups).slice(start - first, count)
+    return source.read_row_groups(groups, columns=columns).slice(start - first, count)
 
 
 def _member(name: str, data: bytes) -> list[bytes]:
@@ -137,10 +160,8 @@ def write_shard(directory: Path, name: str, records: Iterable[Record]) -> dict[s
 
     The tar is streamed to a temporary file, so memory holds one record and the index columns.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    tar, digest, position = directory / f"{name}.tar", hashlib.sha256(), 0
-    part, rows = tar.with_name(f".{tar.name}.{os.getpid()}.part"), []
-    with open(part, "wb") as file:
+    digest, position, rows = hashlib.sha256(), 0, []
+    with whole_file(directory / f"{name}.tar") as file:
         for record in records:
             text = json.dumps(record.info, sort_keys=True, ensure_ascii=False)
             members = {
@@ -162,10 +183,7 @@ def write_shard(directory: Path, name: str, records: Iterable[Record]) -> dict[s
         end = bytes(2 * BLOCK) + bytes(-(position + 2 * BLOCK) % tarfile.RECORDSIZE)
         digest.update(end)
         position += file.write(end)
-        file.flush()
-        os.fsync(file.fileno())
-    write_table(directory / f"{name}.parquet", pa.Table.from_pylist(rows, schema=INDEX))
-    os.replace(part, tar)
+        write_table(directory / f"{name}.parquet", pa.Table.from_pylist(rows, schema=INDEX))
     return {
         "name": name,
         "num_samples": len(rows),
