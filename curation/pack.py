@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation.engine import LocalEngine, Unit
+from curation.engine import Engine, Unit
 from curation.ingest import location, read_images
 from curation.pool import Pool
 from curation.selection import ROWS_PER_GROUP, Selection
@@ -41,6 +41,7 @@ from pipeline.shards import (
 )
 
 log = logging.getLogger(__name__)
+MOST_OPEN = 256  # pool files a shard reads from at a time; a process may open about 1,000
 PLACES = "places.parquet"  # of each row of the plan: where its image is read
 
 
@@ -65,7 +66,7 @@ class Pack:
         return fingerprint(selection.fingerprint, self.records_per_shard, self.primary)
 
     def run(
-        self, pool: Pool, selection: Selection, out: Path, engine: LocalEngine, *, seed: int
+        self, pool: Pool, selection: Selection, out: Path, engine: Engine, *, seed: int
     ) -> dict[str, Any] | None:
         """Write the shards that are missing; returns the manifest, without writing it.
 
@@ -230,6 +231,8 @@ def shard_records(
                 image = images(position)
             else:
                 if path not in files:
+                    if len(files) == MOST_OPEN:
+                        files.pop(next(iter(files))).close()
                     files[path] = stack.enter_context(location(path).open("rb"))
                 files[path].seek(offset)
                 image = files[path].read(row["num_bytes"])

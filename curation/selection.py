@@ -6,6 +6,7 @@ rejections. It costs seconds and is remade whenever a threshold changes; no anno
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from curation.pool import Facts, Pool, file_digest
 from curation.step import ReadsFiles, Scoring, Selector, fingerprint
 from pipeline.shards import CAPTIONS, write_json, write_table
 
+log = logging.getLogger(__name__)
 REJECTIONS = pa.schema([("uid", pa.string()), ("step", pa.string()), ("reason", pa.string())])
 ROWS_PER_GROUP = 10_000  # of the plan: a shard reads the groups it needs
 
@@ -71,6 +73,7 @@ def select(
     )
     selection = Selection(pool.cache / f"select-{names}", names)
     if (selection.folder / "steps.json").exists():
+        log.info("select: nothing to do, %s is there", selection.folder.name)
         return selection
     counts = pool.counts()
     steps = [{"name": "ingest", "config": {}, "fingerprint": pool.fingerprint, **counts}]

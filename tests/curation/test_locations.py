@@ -3,9 +3,14 @@
 import os
 
 import pytest
+from omegaconf import OmegaConf
 
+from curation import pack
+from curation.pool import Pool
 from curation.run import run
 from pipeline.check import composed
+from pipeline.config import build
+from pipeline.shards import read_rows, records
 
 
 def curate(pool, out, *overrides):
@@ -47,3 +52,17 @@ def test_a_far_pool_needs_a_cache_and_is_watched(tars, tmp_path):
     os.utime(tars / "shard-000000.tar", (1, 1))
     with pytest.raises(ValueError, match=r"shard-000000.tar changed since it was ingested"):
         curate(far, tmp_path / "out", f"cache={tmp_path}/cache")
+
+
+def test_more_pool_files_than_may_be_open(tars, tmp_path, monkeypatch):
+    selection = curate(tars, tmp_path / "out", f"cache={tmp_path}/cache")
+    node = composed("curate", [f"pool={tars}", f"out={tmp_path}/out"]).ingest
+    pool = Pool(tars, tmp_path / "cache", build(node), OmegaConf.to_container(node, resolve=True))
+    assert len(pool.files) == 3
+    plan = selection.plan()
+    pack.place_images(pool, plan, tmp_path / "mark", exchange=False)
+    places = read_rows(tmp_path / "mark" / pack.PLACES, 0, plan.num_rows)
+    monkeypatch.setattr(pack, "MOST_OPEN", 1)
+    found = list(pack.shard_records(pool, plan, places, ("alt",), tmp_path))
+    assert [r.image for r in found] == [r.image for r in records(tmp_path / "out")]
+    assert len(found) == 12
