@@ -7,8 +7,10 @@ depends on, so a
 changed knob makes a new folder and leaves everything else alone.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -184,11 +186,39 @@ def annotate_unit(facts: Facts, file: Path, out: Path, start: int, rows: int) ->
     if annotator.needs_images:
         for sample, image in zip(batch, images_of(file, part), strict=True):
             sample["image"] = image
-    found = annotator.annotate(batch)
+    journal = out.with_name(f".{out.name}.journal")
+    if isinstance(annotator, Costly):
+        found = _saved_as_they_come(annotator, batch, journal)
+    else:
+        found = annotator.annotate(batch)
     assert len(found) == rows, f"{annotator.name}: {len(found)} answers for {rows} samples"
     uids = part["uid"].to_pylist()
     answers = [{"uid": uid, **answer} for uid, answer in zip(uids, found, strict=True)]
     write_table(out, pa.Table.from_pylist(answers, schema=schema))
+    journal.unlink(missing_ok=True)
+
+
+def _saved_as_they_come(
+    annotator: Costly, batch: list[dict[str, Any]], journal: Path
+) -> list[dict[str, Any]]:
+    """The answers for a batch; those in the journal of a killed run are not asked for again."""
+    known: dict[str, dict[str, Any]] = {}
+    for line in journal.read_bytes().splitlines() if journal.exists() else ():
+        with contextlib.suppress(ValueError):  # the line that a kill has torn
+            uid, answer = json.loads(line)
+            known[uid] = answer
+    todo = [sample for sample in batch if sample["uid"] not in known]
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    with open(journal, "ab") as file:
+        file.write(b"\n")  # behind a torn line
+        for start in range(0, len(todo), annotator.rows_per_save):
+            part = todo[start : start + annotator.rows_per_save]
+            for sample, answer in zip(part, annotator.annotate(part), strict=True):
+                known[sample["uid"]] = answer
+                file.write(json.dumps([sample["uid"], answer]).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    return [known[sample["uid"]] for sample in batch]
 
 
 def images_of(file: Path, part: pa.Table) -> Iterator[bytes]:

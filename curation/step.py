@@ -45,10 +45,11 @@ class Columnar(Protocol):
 @runtime_checkable
 class Costly(Protocol):
     """An annotator so expensive that a unit of `pool.ROWS_PER_UNIT` rows would be too much to
-    lose.
+    lose. Its answers must be what JSON can hold.
     """
 
-    rows_per_unit: int  # what a kill can cost
+    rows_per_unit: int  # what one task works on at a time
+    rows_per_save: int  # answers are saved this often within a unit: what a kill can cost
 
 
 @runtime_checkable

@@ -43,7 +43,7 @@ class Caption:
 
     version = 1
     needs_images, reads = True, ("caption",)
-    rows_per_unit = 64  # what a kill can cost
+    rows_per_unit = 64
     operational = ("batch_size", "device", "threads")
 
     def __init__(
@@ -70,6 +70,7 @@ class Caption:
         self.name, self.model, self.revision = f"caption_{bank}", model, revision
         self.prompts, self.bank, self.gates = dict(prompts), bank, gates or Gates()
         self.batch_size, self.threads = batch_size, threads
+        self.rows_per_save = batch_size
         self.decoding = Decoding(
             max_new_tokens=max_new_tokens,
             temperature=temperature,

@@ -40,7 +40,7 @@ class Rewrite:
 
     version = 1
     needs_images, reads = False, ("caption",)
-    rows_per_unit = 64  # what a kill can cost
+    rows_per_unit = 64
     operational = ("batch_size", "device", "threads")
 
     def __init__(
@@ -70,6 +70,7 @@ class Rewrite:
         self.name, self.model, self.revision = f"rewrite_{bank}", model, revision
         self.prompts, self.bank, self.gates = dict(prompts), bank, gates or Gates()
         self.gguf_file, self.chat, self.batch_size = gguf_file, chat, batch_size
+        self.rows_per_save = batch_size
         self.max_prompt_tokens, self.threads = max_prompt_tokens, threads
         self.decoding = Decoding(
             max_new_tokens=max_new_tokens,

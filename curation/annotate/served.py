@@ -35,7 +35,7 @@ class Served:
 
     version = 1
     reads = ("caption",)
-    rows_per_unit = 64  # what a kill can cost
+    rows_per_unit = 64
     operational = (
         "server.url",
         "server.key_variable",
@@ -73,6 +73,7 @@ class Served:
         self.name, self.server, self.needs_images = f"served_{bank}", server, images
         self.prompts, self.gates, self.seed = dict(prompts), gates or Gates(), seed
         self.concurrency, self.max_failed_fraction = concurrency, max_failed_fraction
+        self.rows_per_save = concurrency
         self.body = {
             "model": model,
             "max_tokens": max_tokens,

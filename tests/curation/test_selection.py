@@ -9,8 +9,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from curation.ingest import Ingest
 from curation.metadata.build import EntryKnobs, build, write
-from curation.pool import settings
+from curation.pool import Facts, Pool, annotate_unit, ingest_file, settings
 from curation.run import run
 from pipeline.check import composed
 from pipeline.config import build as build_component
@@ -200,3 +201,43 @@ def test_speed_is_no_part_of_a_fingerprint():
     assert settings(Served(), config) == {"server": {"name": "m"}, "top_p": 1}
     Served.operational = ()
     assert settings(Served(), config)["server"] == {"url": "a", "name": "m"}
+
+
+class Expensive:
+    """Two answers are paid for, then the power fails; the third time all goes well."""
+
+    name, version = "expensive", 1
+    needs_images, reads = False, ("caption",)
+    inputs: ClassVar[dict[str, str]] = {}
+    columns: ClassVar[dict[str, pa.DataType]] = {"length": pa.int64()}
+    rows_per_unit, rows_per_save = 8, 2
+
+    def __init__(self, patience):
+        self.asked, self.patience = [], patience
+
+    def annotate(self, batch):
+        if len(self.asked) + len(batch) > self.patience:
+            raise KeyboardInterrupt
+        self.asked += [sample["uid"] for sample in batch]
+        return [{"length": len(sample["caption"])} for sample in batch]
+
+
+def test_costly_answers_survive_a_kill_within_their_unit(parquet_pool, tmp_path):
+    pool = Pool(parquet_pool(8, files=1), tmp_path / "cache", Ingest(), {})
+    for unit in pool.ingest_units():
+        ingest_file(*unit.arguments)
+    first = Expensive(patience=5)  # dies in the third pair of samples
+    (unit,) = Facts(pool, first, {}).units()
+    with pytest.raises(KeyboardInterrupt):
+        annotate_unit(*unit.arguments)
+    assert len(first.asked) == 4 and not unit.done
+    (journal,) = unit.marker.parent.glob("*.journal")
+    journal.write_bytes(journal.read_bytes()[:-7])  # and the last line is torn
+    second = Expensive(patience=100)
+    (unit,) = Facts(pool, second, {}).units()
+    annotate_unit(*unit.arguments)
+    assert unit.done and not journal.exists()
+    assert len(second.asked) == 5  # the four that were left and the torn one
+    rows = pq.read_table(unit.marker).to_pylist()
+    captions = pq.read_table(pool.place(pool.files[0]) / "rows.parquet")["caption"].to_pylist()
+    assert [row["length"] for row in rows] == [len(caption) for caption in captions]
