@@ -52,6 +52,7 @@ class TrainConfig:
     transform: Any = MISSING
     model: Any = MISSING
     image_tokens: Any = None  # token policy of the image tower, off in evaluation
+    text_tokens: Any = None  # token policy of the text tower, off in evaluation
     loss: dict[str, Any] = field(default_factory=dict)  # terms by name
     loss_weights: dict[str, float] = field(default_factory=dict)
     optimizer: Any = MISSING

@@ -5,6 +5,7 @@ Letters: B local rows, G = B * world size global rows, D width.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,3 +84,24 @@ def all_gather_with_grad(rows: Tensor) -> Tensor:
     Every rank must run the backward, or the others wait.
     """
     return rows if world_size() == 1 else _AllGather.apply(rows)
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The processes whose pairs make up one global batch, as seen from one of them.
+
+    What a loss needs to know of them; the default is a process on its own. rank: place of the local
+    rows among all rows. size: number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(B, D) -> (G, D): see `all_gather_with_grad`."""
+        return rows if self.size == 1 else _AllGather.apply(rows)
+
+
+def peers() -> Peers:
+    """The processes of the default group; one alone without a group."""
+    return Peers(rank(), world_size())

@@ -21,7 +21,9 @@ class CLIP(nn.Module):
     image, text: towers with `.width` and forward(inputs, kept) -> (B, width).
 
     The learned temperature is the parameter `log_logit_scale`; `logit_scale` is the positive
-    factor. Raises ValueError unless 1 <= init_logit_scale <= max_logit_scale.
+    factor. init_logit_bias: adds a learned `logit_bias` to every logit (SigLIP, arXiv:2303.15343,
+    sec. 3.2: -10); None for none.
+    Raises ValueError unless 1 <= init_logit_scale <= max_logit_scale.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class CLIP(nn.Module):
         embed_dim: int,
         init_logit_scale: float = 1 / 0.07,  # CLIP sec. 2.5
         max_logit_scale: float = 100.0,  # CLIP sec. 2.5: a larger factor made training unstable
+        init_logit_bias: float | None = None,
     ) -> None:
         super().__init__()
         if not 1 <= init_logit_scale <= max_logit_scale:
@@ -47,6 +50,9 @@ class CLIP(nn.Module):
         for projection in (self.image_projection, self.text_projection):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
+        self.logit_bias = (
+            None if init_logit_bias is None else nn.Parameter(torch.tensor(float(init_logit_bias)))
+        )
 
     def encode_image(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """images: (B, 3, H, W) float, normalised. kept: (B, K) patches. Returns (B, D)."""
@@ -79,4 +85,10 @@ class CLIP(nn.Module):
 
     def loss_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that the loss reads directly, not through a tower."""
-        return {"log_logit_scale": self.log_logit_scale}
+        known = {"log_logit_scale": self.log_logit_scale, "logit_bias": self.logit_bias}
+        return {name: parameter for name, parameter in known.items() if parameter is not None}
+
+    def loss_scalars(self) -> dict[str, Tensor]:
+        """What losses are given of them, by the names of PairFeatures."""
+        bias = {} if self.logit_bias is None else {"logit_bias": self.logit_bias}
+        return {"logit_scale": self.logit_scale, **bias}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.distributed import all_gather_with_grad, gather_counts, rank, world_size
+from pipeline.distributed import gather_counts, peers, rank, world_size
 from pipeline.losses.features import PairFeatures
 
 Embeddings = tuple[Tensor, Tensor]
@@ -63,7 +63,8 @@ class CachedContrastiveStep:
     may be no dropout or batch statistics inside.
     loss_parameters: what the objective reads besides embeddings; their gradient enters the last
     backward once.
-    logit_scale(): the positive factor, a function of loss_parameters.
+    loss_scalars(): what the objective is given besides embeddings, by PairFeatures' names
+    (logit_scale, logit_bias): functions of loss_parameters.
     objective(features) -> (total, {term: value}): mean over local pairs (see `pipeline.losses`).
     micro_batch_size: pairs in one forward; None or B is the ordinary step, other values cost one
     more forward of B - micro_batch_size pairs and hold the activations of one micro-batch. The last
@@ -83,7 +84,7 @@ class CachedContrastiveStep:
         *,
         encode: Encode,
         loss_parameters: dict[str, nn.Parameter],
-        logit_scale: Callable[[], Tensor],
+        loss_scalars: Callable[[], dict[str, Tensor]],
         objective: Callable[[PairFeatures], tuple[Tensor, dict[str, Tensor]]],
         micro_batch_size: int | None,
         backward: Callable[[Tensor], None] = Tensor.backward,
@@ -96,7 +97,7 @@ class CachedContrastiveStep:
             )
         self.encode = encode
         self.loss_parameters = loss_parameters
-        self.logit_scale = logit_scale
+        self.loss_scalars = loss_scalars
         self.objective = objective
         self.micro_batch_size = micro_batch_size
         self.backward = backward
@@ -113,7 +114,7 @@ class CachedContrastiveStep:
         """images: (B, ...).  tokens: (B, L).  image_kept, text_kept: (B, K) indices, or None.
 
         Adds to the parameters' `.grad`. Returns detached scalars of this rank: "loss", one per
-        term, "logit_scale".
+        term, and the loss_scalars.
         """
         trained = [p for p in self.loss_parameters.values() if p.requires_grad]
         chunks = self._chunks(images, tokens, image_kept, text_kept)
@@ -145,17 +146,16 @@ class CachedContrastiveStep:
         # Under autocast the logits would be bfloat16: at a scale of 100 a step of 0.5 between
         # neighbours.
         with torch.autocast(image_embed.device.type, enabled=False):
+            scalars = self.loss_scalars()
             features = PairFeatures(
                 image_embed=image_embed,
                 text_embed=text_embed,
-                all_image_embed=all_gather_with_grad(image_embed),
-                all_text_embed=all_gather_with_grad(text_embed),
-                offset=rank() * len(image_embed),
-                logit_scale=self.logit_scale(),
+                peers=peers(),
+                **scalars,
             )
             total, values = self.objective(features)
         gradients = torch.autograd.grad(total, [*leaves, *trained], materialize_grads=True)
-        logged = {"loss": total, **values, "logit_scale": features.logit_scale}
+        logged = {"loss": total, **values, **scalars}
         sizes = [len(part[0]) for part in parts]
         per_part = list(zip(*(gradient.split(sizes) for gradient in gradients[:2]), strict=True))
         return {name: value.detach() for name, value in logged.items()}, per_part, gradients[2:]

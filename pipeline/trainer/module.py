@@ -26,6 +26,12 @@ class TokenPolicy(Protocol):
     def from_noise(self, noise: Tensor) -> Tensor | None: ...
 
 
+class TextPolicy(Protocol):
+    """A shorter caption: (B, L) token ids and as much noise -> (B, C) ids, start and end kept."""
+
+    def reduce(self, tokens: Tensor, noise: Tensor) -> Tensor: ...
+
+
 class Optimizer(Protocol):
     """Hyper-parameters that become a torch optimizer; its groups have a `base_lr`."""
 
@@ -38,11 +44,11 @@ class Schedule(Protocol):
     def factor(self, samples_done: int, samples_total: int, batch: int) -> float: ...
 
 
-def step_noise(seed: int, step: int, pairs: int, tokens: int) -> Tensor:
+def step_noise(seed: int, step: int, pairs: int, tokens: int, *, what: str = "tokens") -> Tensor:
     """(pairs, tokens) uniforms for the global batch of a step: the same on every rank and in any
-    world size.
+    world size. what: draws under another word are independent.
     """
-    digest = hashlib.blake2b(f"{seed} tokens {step}".encode(), digest_size=7).digest()
+    digest = hashlib.blake2b(f"{seed} {what} {step}".encode(), digest_size=7).digest()
     source = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     return torch.rand(pairs, tokens, generator=source)
 
@@ -60,6 +66,7 @@ class ContrastiveModule(pl.LightningModule):
         objective: Objective,
         transform: ImageTransform,
         image_tokens: TokenPolicy | None,
+        text_tokens: TextPolicy | None,
         optimizer: Optimizer,
         schedule: Schedule,
         samples_seen: int,
@@ -72,7 +79,8 @@ class ContrastiveModule(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.model, self.objective = model, objective
-        self.transform, self.image_tokens = transform, image_tokens
+        self.transform = transform
+        self.image_tokens, self.text_tokens = image_tokens, text_tokens
         self.optimizer = optimizer
         self.schedule, self.samples_seen = schedule, samples_seen
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
@@ -96,7 +104,7 @@ class ContrastiveModule(pl.LightningModule):
                 **self.model.loss_parameters(),
                 **{f"objective.{n}": p for n, p in self.objective.named_parameters()},
             },
-            logit_scale=lambda: self.model.logit_scale,
+            loss_scalars=self.model.loss_scalars,
             objective=self.objective,
             micro_batch_size=self.micro_batch_size,
             backward=self.manual_backward,
@@ -117,6 +125,21 @@ class ContrastiveModule(pl.LightningModule):
         kept = self.image_tokens.from_noise(noise[start : start + local_batch])
         return None if kept is None else kept.to(self.device)
 
+    def reduced_text(self, tokens: Tensor) -> Tensor:
+        """This rank's captions as the text tower sees them in this step."""
+        if self.text_tokens is None:
+            return tokens
+        noise = step_noise(
+            self.seed,
+            self.trainer.global_step,
+            self.global_batch_size,
+            tokens.shape[1],
+            what="words",
+        )
+        start = self.trainer.global_rank * len(tokens)
+        noise = noise[start : start + len(tokens)].to(tokens.device)
+        return self.text_tokens.reduce(tokens, noise)
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """One optimizer step on the local batch of ShardStream."""
         started = time.perf_counter()
@@ -128,7 +151,9 @@ class ContrastiveModule(pl.LightningModule):
             group["lr"] = group["base_lr"] * factor
         optimizer.zero_grad()
         images = self.transform.normalise(batch["images"])
-        logged = self.step(images, batch["tokens"], self.kept_tokens(len(images)))
+        logged = self.step(
+            images, self.reduced_text(batch["tokens"]), self.kept_tokens(len(images))
+        )
         limit = self.gradient_clip_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
         optimizer.step()

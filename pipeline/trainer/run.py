@@ -87,6 +87,7 @@ def make_module(cfg: DictConfig) -> ContrastiveModule:
         objective=Objective(terms=build(cfg.loss), weights=dict(cfg.loss_weights)),
         transform=build(cfg.transform),
         image_tokens=build(cfg.image_tokens) if cfg.image_tokens else None,
+        text_tokens=build(cfg.text_tokens) if cfg.text_tokens else None,
         optimizer=build(cfg.optimizer),
         schedule=build(cfg.schedule),
         samples_seen=cfg.samples_seen,

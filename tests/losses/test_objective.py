@@ -27,9 +27,6 @@ def features() -> PairFeatures:
     return PairFeatures(
         image_embed=rows,
         text_embed=rows,
-        all_image_embed=rows,
-        all_text_embed=rows,
-        offset=0,
         logit_scale=torch.tensor(7.0),
     )
 

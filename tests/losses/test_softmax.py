@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from pipeline.distributed import all_gather_with_grad, rank
+from pipeline.distributed import peers
 from pipeline.losses.features import PairFeatures
 from pipeline.losses.softmax import SoftmaxLoss
 
@@ -24,10 +24,8 @@ def evaluate(image_embed: Tensor, text_embed: Tensor, log_logit_scale: Tensor) -
         PairFeatures(
             image_embed=image_embed,
             text_embed=text_embed,
-            all_image_embed=all_gather_with_grad(image_embed),
-            all_text_embed=all_gather_with_grad(text_embed),
-            offset=rank() * len(image_embed),
             logit_scale=log_logit_scale.exp(),
+            peers=peers(),
         )
     )
 
@@ -117,9 +115,6 @@ def test_label_smoothing_is_cross_entropy_with_a_soft_target(smoothing: float) -
     features = PairFeatures(
         image_embed=image,
         text_embed=text,
-        all_image_embed=image,
-        all_text_embed=text,
-        offset=0,
         logit_scale=torch.tensor(9.0, dtype=torch.float64),
     )
     target = torch.eye(7, dtype=torch.float64) * (1 - smoothing) + smoothing / 7

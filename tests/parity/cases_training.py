@@ -31,9 +31,6 @@ def _softmax_loss(case: dict, arrays: dict) -> float:
     features = PairFeatures(
         image_embed=image,
         text_embed=text,
-        all_image_embed=image,
-        all_text_embed=text,
-        offset=0,
         logit_scale=log_scale.exp(),
     )
     loss = SoftmaxLoss()(features)

@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.distributed import Peers
 from pipeline.losses.features import PairFeatures
 from pipeline.losses.objective import Objective
 from pipeline.losses.softmax import SoftmaxLoss
@@ -82,7 +83,7 @@ def step_for(model: CLIP, micro_batch_size: int | None, **changes: Any) -> Cache
     options = {
         "encode": model,
         "loss_parameters": model.loss_parameters(),
-        "logit_scale": lambda: model.logit_scale,
+        "loss_scalars": model.loss_scalars,
         "objective": Objective(terms={"softmax": SoftmaxLoss()}),
         "micro_batch_size": micro_batch_size,
     }
@@ -252,12 +253,13 @@ def run_steps(index: int, dtype: torch.dtype, size: int, **changes: Any) -> dict
     return {"steps": results}
 
 
-def gather_without_gradient(rows: Tensor) -> Tensor:
-    """The own rows keep their gradient and the others' do not (open_clip's default)."""
-    gathered = [torch.empty_like(rows) for _ in range(WORLD)]
-    dist.all_gather(gathered, rows.detach())
-    gathered[dist.get_rank()] = rows
-    return torch.cat(gathered)
+class WithoutGradient(Peers):
+    def gather(self, rows: Tensor) -> Tensor:
+        """The own rows keep their gradient and the others' do not (open_clip's default)."""
+        gathered = [torch.empty_like(rows) for _ in range(WORLD)]
+        dist.all_gather(gathered, rows.detach())
+        gathered[dist.get_rank()] = rows
+        return torch.cat(gathered)
 
 
 def run_controls(index: int) -> dict[str, Any]:
@@ -274,10 +276,10 @@ def run_controls(index: int) -> dict[str, Any]:
         no_sync=nullcontext,
     )
     every_time(*batch_of(index, dtype))
-    correct = cached_step.all_gather_with_grad
-    cached_step.all_gather_with_grad = gather_without_gradient
+    correct = cached_step.peers
+    cached_step.peers = lambda: WithoutGradient(index, WORLD)
     without_gradient = run_steps(index, dtype, 3)
-    cached_step.all_gather_with_grad = correct
+    cached_step.peers = correct
     return {
         "every_time": {"reduced": reduced, "gradients": gradients_of(model)},
         "without_gradient": without_gradient,
