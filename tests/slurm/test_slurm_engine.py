@@ -84,7 +84,7 @@ def test_a_lasting_failure_ends_with_the_tasks_words_and_what_is_done_stays(
         (curate.failures / str(number)).touch()
     options = ("only=annotate", *on_slurm(slurm))
     errors = finish(curate("out", *options), code=1)
-    assert "RuntimeError: flaky:" in errors and "of 12 units are missing" in errors
+    assert "RuntimeError: flaky:" in errors and "of 12 units are missing" in errors, errors
     assert "the disk of this node is on fire" in errors
     errors = finish(curate("out", *options))
     assert "ingest: nothing to do" in errors
