@@ -24,6 +24,8 @@ from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.phases import phase_config, phase_problems
+
 # Absolute: Hydra resolves a relative config_path against the caller, which fails in a console
 # script.
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
@@ -43,10 +45,15 @@ class TrainConfig:
     global_batch_size: int = MISSING  # pairs per optimizer step, all processes
     micro_batch_size: int | None = None  # pairs per process per forward; null: the local batch
     gradient_clip_norm: float | None = None
+    max_skipped_steps: int = 10  # steps whose gradient is not finite; one more ends the run
     log_every_steps: int = 10
     checkpoint_every_steps: int = 100
     keep_checkpoints: int = 2
     recipe_info: dict[str, str] = field(default_factory=dict)  # source, expected result, price
+    # changes of this config, one after the other; their samples_seen add up (pipeline/phases.py)
+    phases: dict[str, Any] = field(default_factory=dict)
+    frozen: list[str] = field(default_factory=list)  # parameters that do not learn: image.*
+    optimizer_state: str = "keep"  # keep | reset, where a phase begins
     data: Any = MISSING
     tokenizer: Any = MISSING
     transform: Any = MISSING
@@ -138,7 +145,8 @@ ROOTS = {
     "curate": CurateConfig,
 }
 COLLECTIONS = {"loss", "tracking", "eval", "annotate", "select"}  # components keyed by name
-PLAIN = {"loss_weights", "recipe_info", "order"}  # values, not components
+PLAIN = {"loss_weights", "recipe_info", "order", "frozen"}  # values, not components
+ELSEWHERE = {"phases"}  # each is checked as the config that it makes
 
 for _name, _schema in ROOTS.items():
     ConfigStore.instance().store(name=f"{_name}_schema", node=_schema)
@@ -204,7 +212,7 @@ def problems(node: Any, path: str = "", *, inside: bool = False) -> list[str]:
         return found
     if not isinstance(node, DictConfig):
         return found
-    if path in PLAIN:
+    if path in PLAIN | ELSEWHERE:
         return found
     keys = [str(key) for key in node]
     if "_target_" in keys:
@@ -244,6 +252,8 @@ def batch_problems(cfg: DictConfig, world_size: int) -> list[str]:
         )
     if cfg.samples_seen < batch:
         found.append(f"samples_seen: {cfg.samples_seen} is less than one batch of {batch} pairs")
+    if OmegaConf.select(cfg, "optimizer_state", default="keep") not in ("keep", "reset"):
+        found.append(f"optimizer_state: {cfg.optimizer_state!r} is neither 'keep' nor 'reset'")
     warmup = OmegaConf.select(cfg, "schedule.warmup_samples", default=0)
     if isinstance(warmup, int) and warmup >= cfg.samples_seen:
         found.append(
@@ -259,14 +269,35 @@ def batch_problems(cfg: DictConfig, world_size: int) -> list[str]:
     return found
 
 
+def run_problems(cfg: DictConfig, world_size: int) -> list[str]:
+    """The problems of a command's config, for a training run with its arithmetic, for one with
+    phases those of each phase; what is wrong in every phase is named once.
+    """
+    training = OmegaConf.get_type(cfg) in (TrainConfig, TrainCaptionerConfig)
+    if not cfg.get("phases"):
+        return problems(cfg) + (batch_problems(cfg, world_size) if training else [])
+    found = phase_problems(cfg)
+    if found:
+        return found
+    each = {}
+    for name in cfg.phases:
+        config = phase_config(cfg, name)
+        each[name] = problems(config) + batch_problems(config, world_size)
+    everywhere = [line for line in each[next(iter(each))] if all(line in e for e in each.values())]
+    found = list(everywhere)
+    for name, lines in each.items():
+        found += [f"phases.{name}.{line}" for line in lines if line not in everywhere]
+    return found
+
+
 def check(cfg: DictConfig, *, world_size: int = 1, complete: bool = True) -> None:
     """Raise ValueError with every problem of a composed config, one a line.
 
     complete: false lets values be missing (`???`), for presets that leave some to the user.
     """
-    found = [line for line in problems(cfg) if complete or MISSING_WORD not in line]
-    if OmegaConf.get_type(cfg) in (TrainConfig, TrainCaptionerConfig):
-        found += batch_problems(cfg, world_size)
+    found = run_problems(cfg, world_size)
+    if not complete:
+        found = [line for line in found if MISSING_WORD not in line]
     if found:
         lines = "\n".join(f"  {line}" for line in dict.fromkeys(found))
         raise ValueError(f"{len(found)} problem(s) in the config:\n{lines}")

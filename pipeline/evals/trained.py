@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.config import build
 from pipeline.evals.task import in_batches
+from pipeline.phases import phase_of
 
 MODEL_PREFIX = "model."  # the Lightning module holds the model under this name
 
@@ -60,7 +61,7 @@ class TrainedClip:
         device: None for the GPU if there is one.
         Raises ValueError if the run, its checkpoint or a weight is missing.
         """
-        config = run_config(run)
+        config = run_config(run, checkpoint)
         path = Path(checkpoint) if checkpoint is not None else newest_checkpoint(run)
         model = build(config.model)
         try:
@@ -106,8 +107,10 @@ class TrainedClip:
         return torch.cat(embeds)
 
 
-def run_config(run: str | Path) -> DictConfig:
-    """The resolved training config that `pipeline.train` left in the run directory."""
+def run_config(run: str | Path, checkpoint: str | Path | None = None) -> DictConfig:
+    """The resolved training config that `pipeline.train` left in the run directory, as it stood in
+    the phase of the checkpoint (None: the newest).
+    """
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise ValueError(
@@ -115,6 +118,9 @@ def run_config(run: str | Path) -> DictConfig:
             "pipeline.train recipe=... name=N` and give run=runs/N"
         )
     config = OmegaConf.load(path)
+    if config.get("phases"):
+        found = Path(checkpoint) if checkpoint is not None else newest_checkpoint(run)
+        config = phase_of(config, read_checkpoint(found).get("phase", ""))
     missing = [key for key in ("model", "tokenizer", "transform") if key not in config]
     if missing or not isinstance(config, DictConfig):
         raise ValueError(f"{path} has no {', '.join(missing)}: not written by pipeline.train")
@@ -138,14 +144,19 @@ def newest_checkpoint(run: str | Path) -> Path:
     return max(found, key=age)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The model's state_dict out of a Lightning checkpoint; nothing in the file is executed."""
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A Lightning checkpoint; nothing in the file is executed."""
     if not path.is_file():
         raise ValueError(f"checkpoint {path} is missing or a folder: give a .ckpt file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The model's state_dict out of a checkpoint."""
+    content = read_checkpoint(path)
     weights = {
         name.removeprefix(MODEL_PREFIX): tensor
         for name, tensor in content.get("state_dict", {}).items()

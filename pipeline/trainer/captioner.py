@@ -19,10 +19,11 @@ from pipeline.data.images import ImageTransform
 from pipeline.evals.trained import newest_checkpoint, read_weights, run_config
 from pipeline.evals.trained_captioner import make_captioner
 from pipeline.models.captioner import Captioner
+from pipeline.phases import phases
 from pipeline.tracking.metrics import MetricsFile
 from pipeline.trainer.checkpoints import find_newest
 from pipeline.trainer.module import Optimizer, Schedule
-from pipeline.trainer.run import claim, make_trainer, run_directory
+from pipeline.trainer.run import claim, loggers, make_trainer, run_directory
 
 log = logging.getLogger(__name__)
 
@@ -154,11 +155,12 @@ def train_captioner(cfg: DictConfig) -> Path:
     directory = run_directory(cfg)
     claim(cfg, directory)
     tokenizer = build(cfg.tokenizer)
-    module, trainer = make_module(cfg, tokenizer), make_trainer(cfg, directory)
+    (phase,) = phases(cfg)
+    module, trainer = make_module(cfg, tokenizer), make_trainer(phase, directory, loggers(cfg))
     data = build(cfg.data).for_run(
         transform=module.transform,
         tokenizer=tokenizer,
-        global_batch_size=cfg.global_batch_size,
+        phase=phase,
         seed=cfg.seed,
     )
     data.open(rank=trainer.global_rank, world_size=trainer.world_size)

@@ -40,6 +40,11 @@ def find_newest(directory: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
+def step_of(checkpoint: Path | None) -> int:
+    """Optimizer steps done in a checkpoint; 0 for none."""
+    return int(re.search(r"(\d+)$", checkpoint.stem)[1]) if checkpoint is not None else 0
+
+
 class Checkpoints(pl.Callback):
     """Save after every `every_steps` optimizer steps and after the last; keep the newest `keep`."""
 

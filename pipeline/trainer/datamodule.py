@@ -10,13 +10,14 @@ import torch
 
 from pipeline.data.images import ImageTransform
 from pipeline.data.stream import CaptionSampler, ShardStream
+from pipeline.phases import Phase
 
 
 class ShardData(pl.LightningDataModule):
     """shards: directory of a dataset. workers: loader processes per rank. window_shards, captions
     and late_balance: see ShardStream.
 
-    transform, tokenizer, global_batch_size and seed come from the run, not from the data node.
+    transform, tokenizer, phase and seed come from the run, not from the data node.
     """
 
     def __init__(
@@ -39,14 +40,15 @@ class ShardData(pl.LightningDataModule):
         *,
         transform: ImageTransform,
         tokenizer: Callable[[Sequence[str]], torch.Tensor],
-        global_batch_size: int,
+        phase: Phase,
         seed: int,
     ) -> "ShardData":
         """Give the data what the rest of the run decides."""
+        self.phase = phase
         self.run = {
             "transform": transform,
             "tokenizer": tokenizer,
-            "global_batch_size": global_batch_size,
+            "global_batch_size": phase.config.global_batch_size,
             "seed": seed,
         }
         return self
@@ -68,11 +70,11 @@ class ShardData(pl.LightningDataModule):
     def train_dataloader(self) -> ShardStream:
         stream = self.open(rank=self.trainer.global_rank, world_size=self.trainer.world_size)
         # The loader reads ahead of the optimizer, so the position is counted in finished steps.
-        stream.position = self.trainer.global_step * stream.global_batch_size
+        stream.position = self.phase.samples_at(self.trainer.global_step)
         return stream
 
     def state_dict(self) -> dict[str, int]:
-        done = self.trainer.global_step * self.stream.global_batch_size
+        done = self.phase.samples_at(self.trainer.global_step)
         return {**self.stream.state_at(done), "pairs": len(self.stream)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -17,7 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.data.images import ImageTransform
 from pipeline.losses.objective import Objective
+from pipeline.phases import Phase
 from pipeline.trainer.cached_step import CachedContrastiveStep
+from pipeline.trainer.phases import carried_state
 
 
 class TokenPolicy(Protocol):
@@ -57,6 +59,9 @@ class ContrastiveModule(pl.LightningModule):
     """One optimizer step per batch, by hand: Lightning's automatic mode knows one backward a step.
 
     gradient_clip_norm: None for no clipping; the norm is logged either way.
+    phase: which part of the run this is; its config gives the batch. A checkpoint of the phase
+    before hands over the optimizer's state by parameter names, or, with optimizer_state="reset",
+    none.
     """
 
     def __init__(
@@ -69,12 +74,12 @@ class ContrastiveModule(pl.LightningModule):
         text_tokens: TextPolicy | None,
         optimizer: Optimizer,
         schedule: Schedule,
-        samples_seen: int,
-        global_batch_size: int,
+        phase: Phase,
         micro_batch_size: int | None,
         gradient_clip_norm: float | None,
         log_every_steps: int,
         seed: int,
+        optimizer_state: str = "keep",
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -82,8 +87,9 @@ class ContrastiveModule(pl.LightningModule):
         self.transform = transform
         self.image_tokens, self.text_tokens = image_tokens, text_tokens
         self.optimizer = optimizer
-        self.schedule, self.samples_seen = schedule, samples_seen
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.schedule, self.phase, self.optimizer_state = schedule, phase, optimizer_state
+        self.global_batch_size = phase.config.global_batch_size
+        self.micro_batch_size = micro_batch_size
         self.gradient_clip_norm, self.log_every_steps = gradient_clip_norm, log_every_steps
         self.seed = seed
         self.last_logged: dict[str, float] = {}
@@ -93,6 +99,18 @@ class ContrastiveModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer.make(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["phase"] = self.phase.name
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint of the phase before is made to fit this one."""
+        if checkpoint.get("phase", "") == self.phase.name:
+            return
+        saved, checkpoint["optimizer_states"] = checkpoint["optimizer_states"], []
+        if self.optimizer_state == "keep":
+            fresh = self.configure_optimizers()
+            checkpoint["optimizer_states"] = [carried_state(state, fresh) for state in saved]
 
     def on_train_start(self) -> None:
         """Set up the step, once the strategy has wrapped the model."""
@@ -145,8 +163,10 @@ class ContrastiveModule(pl.LightningModule):
         started = time.perf_counter()
         self.waited += started - self.mark
         self.bad_records += int(batch["bad"])
-        optimizer, done = self.optimizers(), self.trainer.global_step * self.global_batch_size
-        factor = self.schedule.factor(done, self.samples_seen, self.global_batch_size)
+        optimizer = self.optimizers()
+        done = self.phase.samples_at(self.trainer.global_step) - self.phase.first_sample
+        total = self.phase.config.samples_seen
+        factor = self.schedule.factor(done, total, self.global_batch_size)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         optimizer.zero_grad()
@@ -178,7 +198,7 @@ class ContrastiveModule(pl.LightningModule):
             "perf/pairs_per_second": steps * self.global_batch_size / max(elapsed, 1e-9),
             "perf/data_wait_fraction": self.waited / max(elapsed, 1e-9),
             "data/bad_records": self.bad_records,
-            "samples_seen": step * self.global_batch_size,
+            "samples_seen": self.phase.samples_at(step),
         }
         if self.device.type == "cuda":
             row["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30

@@ -2,21 +2,26 @@
 trainer.
 """
 
+import fnmatch
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from pipeline.config import build
 from pipeline.losses.objective import Objective
+from pipeline.phases import Phase, flat, phases
 from pipeline.tracking.metrics import MetricsFile
 from pipeline.trainer.callbacks.progress import PairsProgress
-from pipeline.trainer.checkpoints import AtomicCheckpointIO, Checkpoints, find_newest
+from pipeline.trainer.checkpoints import AtomicCheckpointIO, Checkpoints, find_newest, step_of
 from pipeline.trainer.module import ContrastiveModule
 
 log = logging.getLogger(__name__)
@@ -25,6 +30,7 @@ log = logging.getLogger(__name__)
 # result.
 OPERATIONAL = (
     "micro_batch_size",
+    "max_skipped_steps",
     "log_every_steps",
     "checkpoint_every_steps",
     "keep_checkpoints",
@@ -42,12 +48,21 @@ def run_directory(cfg: DictConfig) -> Path:
     return Path(cfg.runs_dir) / cfg.name
 
 
-def flat(node: Any, path: str = "") -> dict[str, Any]:
-    """A nested config as {dotted key: value}."""
-    if isinstance(node, dict):
-        pairs = ((f"{path}.{key}".lstrip("."), value) for key, value in node.items())
-        return {name: leaf for p, value in pairs for name, leaf in flat(value, p).items()}
-    return {path: node}
+def without_phase(key: str) -> str:
+    """phases.tune.trainer.devices -> trainer.devices."""
+    return key.split(".", 2)[-1] if key.startswith("phases.") else key
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """A run's config as its directory keeps it: values for interpolations, phases whole."""
+    plan = phases(cfg)
+    if plan[0].name:
+        cfg = cfg.copy()
+        cfg.samples_seen = sum(phase.samples for phase in plan)
+        cfg.global_batch_size = plan[0].config.global_batch_size
+    ours = OmegaConf.to_container(cfg, resolve=True)
+    whole = {p.name: OmegaConf.to_container(p.config, resolve=True) for p in plan if p.name}
+    return ours | {"phases": whole}
 
 
 def claim(cfg: DictConfig, directory: Path) -> None:
@@ -56,14 +71,17 @@ def claim(cfg: DictConfig, directory: Path) -> None:
     Raises ValueError when the name belongs to a run with another config; the differing keys are
     listed.
     """
-    path, ours = directory / "config.yaml", OmegaConf.to_container(cfg, resolve=True)
+    path, ours = directory / "config.yaml", resolved(cfg)
     if path.exists():
-        theirs, mine = flat(OmegaConf.to_container(OmegaConf.load(path))), flat(ours)
+        # A key that an older version did not know had what is now its default.
+        schema = OmegaConf.structured(OmegaConf.get_type(cfg))
+        defaults = flat({k: schema[k] for k in schema if not OmegaConf.is_missing(schema, k)})
+        theirs, mine = defaults | flat(OmegaConf.to_container(OmegaConf.load(path))), flat(ours)
         differing = [
             f"  {key}: was {theirs.get(key)!r}, now {mine.get(key)!r}"
             for key in sorted(theirs.keys() | mine.keys())
             if theirs.get(key) != mine.get(key)
-            and not any(key == known or key.startswith(known + ".") for known in OPERATIONAL)
+            and not any(f"{without_phase(key)}.".startswith(f"{known}.") for known in OPERATIONAL)
         ]
         if differing:
             raise ValueError(
@@ -79,43 +97,72 @@ def claim(cfg: DictConfig, directory: Path) -> None:
     os.replace(part, path)
 
 
-def make_module(cfg: DictConfig) -> ContrastiveModule:
-    """The model, objective and optimizer of a run. Weights are a function of `seed`."""
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Parameters whose names match do not learn. Raises ValueError for a pattern without any."""
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            raise ValueError(
+                f"frozen: no parameter is called {pattern!r}; names are like {next(iter(names))}: "
+                "give 'image.*' for a whole tower"
+            )
+        for name in found:
+            names[name].requires_grad_(False)
+
+
+def make_module(phase: Phase) -> ContrastiveModule:
+    """The model, objective and optimizer of a phase. Weights are a function of `seed`."""
+    cfg = phase.config
     pl.seed_everything(cfg.seed, verbose=False)
+    model = build(cfg.model)
+    freeze(model, cfg.frozen)
     return ContrastiveModule(
-        model=build(cfg.model),
+        model=model,
         objective=Objective(terms=build(cfg.loss), weights=dict(cfg.loss_weights)),
         transform=build(cfg.transform),
         image_tokens=build(cfg.image_tokens) if cfg.image_tokens else None,
         text_tokens=build(cfg.text_tokens) if cfg.text_tokens else None,
         optimizer=build(cfg.optimizer),
         schedule=build(cfg.schedule),
-        samples_seen=cfg.samples_seen,
-        global_batch_size=cfg.global_batch_size,
+        phase=phase,
         micro_batch_size=cfg.micro_batch_size,
         gradient_clip_norm=cfg.gradient_clip_norm,
         log_every_steps=cfg.log_every_steps,
         seed=cfg.seed,
+        optimizer_state=cfg.optimizer_state,
     )
 
 
-def make_trainer(cfg: DictConfig, directory: Path) -> pl.Trainer:
-    """Lightning's Trainer with our callbacks, loggers and checkpoint writing."""
+def loggers(cfg: DictConfig) -> list[Logger]:
+    """Once a run: its phases go into the same files."""
+    return [build(node) for node in cfg.tracking.values() if node is not None]
+
+
+def make_trainer(phase: Phase, directory: Path, logger: list[Logger]) -> pl.Trainer:
+    """Lightning's Trainer with our callbacks, loggers and checkpoint writing. Steps are counted
+    through all phases.
+    """
+    cfg = phase.config
     callbacks = [
         Checkpoints(
             directory=directory / "checkpoints",
             every_steps=cfg.checkpoint_every_steps,
             keep=cfg.keep_checkpoints,
         ),
-        PairsProgress(total=cfg.samples_seen, global_batch_size=cfg.global_batch_size),
+        PairsProgress(
+            first_step=phase.first_step,
+            global_batch_size=cfg.global_batch_size,
+            name=phase.name or "train",
+        ),
     ]
     return build(
         cfg.trainer,
         default_root_dir=str(directory),
-        max_steps=cfg.samples_seen // cfg.global_batch_size,
+        max_steps=phase.end_step,
         max_epochs=-1,
         callbacks=callbacks,
-        logger=[build(node) for node in cfg.tracking.values() if node is not None],
+        logger=logger,
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -125,61 +172,71 @@ def make_trainer(cfg: DictConfig, directory: Path) -> pl.Trainer:
     )
 
 
-def derived_table(cfg: DictConfig, module: ContrastiveModule, pairs: int, world_size: int) -> Table:
-    """What follows from the config, for a look before the hours are spent."""
+def derived(phase: Phase, module: ContrastiveModule, pairs: int, world_size: int) -> dict[str, str]:
+    """What follows from a phase's config."""
+    cfg, model = phase.config, module.model
     local = cfg.global_batch_size // world_size
     micro = cfg.micro_batch_size or local
-    tokens = module.model.image.num_tokens
-    kept = tokens
+    tokens = kept = model.image.num_tokens
     if module.image_tokens is not None:
         kept = module.image_tokens.num_kept(tokens)
-    towers = {
-        "image tower": module.model.image,
-        "text tower": module.model.text,
-        "whole model": module.model,
-    }
-    steps = cfg.samples_seen // cfg.global_batch_size
-    seen = steps * cfg.global_batch_size
     rows = {
-        "run": f"{run_directory(cfg)}",
         "pairs in the data": f"{pairs:,}",
-        "pairs to see": f"{seen:,} = {steps:,} steps x {cfg.global_batch_size:,}",
-        "epochs": f"{seen / pairs:.2f}",
+        "pairs to see": f"{phase.samples:,} = {phase.steps:,} steps x {cfg.global_batch_size:,}",
+        "epochs": f"{phase.samples / pairs:.2f}",
         "processes": f"{world_size}, {local:,} pairs each in {-(-local // micro)} x {micro:,}",
+        "image size": f"{model.image.image_size}",
         "patches per image": f"{tokens}, {kept} kept in training",
-        "text positions": f"{module.model.text.context_length}",
+        "text positions": f"{model.text.context_length}",
     }
+    towers = {"image tower": model.image, "text tower": model.text, "whole model": model}
     for name, tower in towers.items():
-        count = sum(parameter.numel() for parameter in tower.parameters())
-        rows[f"parameters, {name}"] = f"{count / 1e6:.2f} M"
-    table = Table(title="the run", title_justify="left", show_header=False)
-    for row in rows.items():
-        table.add_row(*row)
+        counts = [p.numel() for p in tower.parameters()]
+        learning = sum(p.numel() for p in tower.parameters() if p.requires_grad)
+        still = f", {learning / 1e6:.2f} M learn" if learning < sum(counts) else ""
+        rows[f"parameters, {name}"] = f"{sum(counts) / 1e6:.2f} M{still}"
+    return rows
+
+
+def derived_table(title: str, columns: Mapping[str, Mapping[str, str]]) -> Table:
+    """A column for each phase, for a look before the hours are spent."""
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    table.add_column()
+    for name in columns:
+        table.add_column(name)
+    for row in next(iter(columns.values())):
+        table.add_row(row, *(rows[row] for rows in columns.values()))
     return table
+
+
+def train_phase(phase: Phase, directory: Path, logger: list[Logger], newest: Path | None) -> None:
+    """Train one phase to its end, from a checkpoint of it or of the phase before."""
+    cfg = phase.config
+    module, trainer = make_module(phase), make_trainer(phase, directory, logger)
+    data = build(cfg.data).for_run(
+        transform=module.transform, tokenizer=build(cfg.tokenizer), phase=phase, seed=cfg.seed
+    )
+    stream = data.open(rank=trainer.global_rank, world_size=trainer.world_size)
+    if trainer.is_global_zero:
+        rows = derived(phase, module, len(stream), trainer.world_size)
+        Console(stderr=True).print(derived_table(f"{directory}", {phase.name: rows}))
+        if newest is not None:
+            log.info("continuing from %s", newest)
+        for one in logger:
+            if isinstance(one, MetricsFile):
+                one.rewind(step_of(newest))
+    trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
 
 
 def train(cfg: DictConfig) -> Path:
     """Train, from the last checkpoint if there is one; returns the run directory."""
     directory = run_directory(cfg)
     claim(cfg, directory)
-    module, trainer = make_module(cfg), make_trainer(cfg, directory)
-    data = build(cfg.data).for_run(
-        transform=module.transform,
-        tokenizer=build(cfg.tokenizer),
-        global_batch_size=cfg.global_batch_size,
-        seed=cfg.seed,
-    )
-    stream = data.open(rank=trainer.global_rank, world_size=trainer.world_size)
-    newest = find_newest(directory / "checkpoints")
-    if trainer.is_global_zero:
-        Console(stderr=True).print(derived_table(cfg, module, len(stream), trainer.world_size))
-        if newest is not None:
-            log.info("continuing from %s", newest)
-        step = int(newest.stem.split("-")[-1]) if newest is not None else 0
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsFile):
-                logger.rewind(step)
-        if step >= trainer.max_steps:
-            log.info("nothing to do: all %d steps are done", step)
-    trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
+    logger, plan = loggers(cfg), phases(cfg)
+    for phase in plan:
+        newest = find_newest(directory / "checkpoints")
+        if step_of(newest) < phase.end_step:
+            train_phase(phase, directory, logger, newest)
+        elif phase is plan[-1]:
+            log.info("nothing to do: all %d steps are done", phase.end_step)
     return directory

@@ -7,21 +7,22 @@ from tqdm import tqdm
 
 
 class PairsProgress(pl.Callback):
-    """total: pairs of the run. On rank 0 only."""
+    """first_step: of the optimizer, where the bar begins. On rank 0 only."""
 
-    def __init__(self, *, total: int, global_batch_size: int):
-        self.total, self.global_batch_size = total, global_batch_size
+    def __init__(self, *, first_step: int, global_batch_size: int, name: str = "train"):
+        self.first_step, self.global_batch_size = first_step, global_batch_size
+        self.name = name
         self.bar: tqdm | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            done = trainer.global_step * self.global_batch_size
+            done, steps = (s - self.first_step for s in (trainer.global_step, trainer.max_steps))
             self.bar = tqdm(
-                total=self.total,
-                initial=done,
+                total=steps * self.global_batch_size,
+                initial=done * self.global_batch_size,
                 unit="pair",
                 unit_scale=True,
-                desc="train",
+                desc=self.name,
                 mininterval=0.5,
             )
 

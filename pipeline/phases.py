@@ -1,0 +1,146 @@
+"""A run as a sequence of phases: each is the run's own config with some values changed.
+
+    phases:
+      pretrain: {samples_seen: 1_000_000, model: {image: {image_size: 112}}}
+      tune: {samples_seen: 100_000, optimizer: {lr: 1.0e-5}, image_tokens: null}
+
+A phase may change every key but those of FIXED. A component with another `_target_` replaces the
+run's; with the same one, or none, it changes the named values. Interpolations are resolved within
+the phase: the transform follows the phase's image size. Of the model only sizes may change
+(RESIZABLE), what does not fit any more is resized once, where the phase begins.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+
+FIXED = (  # what belongs to the run as a whole
+    "name",
+    "runs_dir",
+    "seed",
+    "phases",
+    "trainer",
+    "tracking",
+    "keep_checkpoints",
+    "recipe_info",
+)
+RESIZABLE = (
+    "model.image.image_size",
+    "model.text.context_length",
+    "model.image.activation_checkpointing",
+    "model.text.activation_checkpointing",
+)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """name: "" for a run without phases.  config: the run's, as it stands in this phase.
+
+    first_step, first_sample: optimizer steps and pairs before it.  steps: its own.
+    """
+
+    name: str
+    config: DictConfig
+    first_step: int
+    first_sample: int
+    steps: int
+
+    @property
+    def end_step(self) -> int:
+        return self.first_step + self.steps
+
+    @property
+    def samples(self) -> int:
+        """Pairs that the phase sees: whole batches."""
+        return self.steps * self.config.global_batch_size
+
+    def samples_at(self, step: int) -> int:
+        """Pairs of the run before optimizer step `step` (counted from 0) of this phase."""
+        return self.first_sample + (step - self.first_step) * self.config.global_batch_size
+
+
+def flat(node: Any, path: str = "") -> dict[str, Any]:
+    """A nested config as {dotted key: value}."""
+    if isinstance(node, Mapping):
+        pairs = ((f"{path}.{key}".lstrip("."), value) for key, value in node.items())
+        return {name: leaf for p, value in pairs for name, leaf in flat(value, p).items()}
+    return {path: node}
+
+
+def _change(node: DictConfig, change: Mapping[str, Any]) -> None:
+    for key, value in change.items():
+        before = None if OmegaConf.is_missing(node, key) else node.get(key)
+        same = (
+            isinstance(value, Mapping)
+            and isinstance(before, DictConfig)
+            and value.get("_target_") in (None, before.get("_target_"))
+        )
+        if same:
+            _change(before, value)
+        else:
+            node[key] = value
+
+
+def phase_config(cfg: DictConfig, name: str) -> DictConfig:
+    """The run's config as it stands in the phase `name`. Raises ValueError for a key that belongs
+    to the whole run, KeyError or another of OmegaConf's for one that is no key.
+    """
+    change = OmegaConf.to_container(cfg.phases[name], resolve=False)
+    fixed = [key for key in change if key in FIXED]
+    if fixed:
+        raise ValueError(
+            f"phases.{name}.{fixed[0]}: belongs to the run as a whole; a phase can change anything "
+            f"but {', '.join(FIXED)}"
+        )
+    config = cfg.copy()
+    unknown = [key for key in change if key not in config]
+    if unknown:
+        raise ValueError(f"phases.{name}.{unknown[0]}: a run has no such key")
+    with open_dict(config):  # a wrong key within a component is named by `config.problems`
+        config.samples_seen = MISSING  # the run's is the sum
+        config.phases = {}
+        _change(config, change)
+    return config
+
+
+def phases(cfg: DictConfig) -> list[Phase]:
+    """The phases of a run in order; one without a name for a run that has none."""
+    named = {name: phase_config(cfg, name) for name in cfg.get("phases") or {}} or {"": cfg}
+    plan: list[Phase] = []
+    step = sample = 0
+    for name, config in named.items():
+        steps = config.samples_seen // config.global_batch_size
+        plan.append(Phase(name, config, step, sample, steps))
+        step, sample = plan[-1].end_step, sample + plan[-1].samples
+    return plan
+
+
+def phase_of(config: DictConfig, name: str) -> DictConfig:
+    """The config of a phase, from the config.yaml of a run directory, where phases are whole.
+
+    name: as in a checkpoint; "" is the run's own config.
+    """
+    return config.phases[name] if name else config
+
+
+def phase_problems(cfg: DictConfig) -> list[str]:
+    """What a phase may not change, as `path: reason` lines."""
+    found = []
+    for name in cfg.phases:
+        try:
+            config = phase_config(cfg, name)
+        except ValueError as error:
+            found.append(str(error))
+            continue
+        ours, theirs = (
+            flat({"model": OmegaConf.to_container(c.model, resolve=False)}) for c in (config, cfg)
+        )
+        found += [
+            f"phases.{name}.{key}: a phase cannot change it, the weights would not fit; it can "
+            f"change {', '.join(RESIZABLE)}"
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key) and key not in RESIZABLE
+        ]
+    return found
