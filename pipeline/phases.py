@@ -95,7 +95,8 @@ def phase_config(cfg: DictConfig, name: str) -> DictConfig:
             f"but {', '.join(FIXED)}"
         )
     config = cfg.copy()
-    unknown = [key for key in change if key not in config]
+    known = list(config)  # `in` would hide missing values
+    unknown = [key for key in change if key not in known]
     if unknown:
         raise ValueError(f"phases.{name}.{unknown[0]}: a run has no such key")
     with open_dict(config):  # a wrong key within a component is named by `config.problems`

@@ -1,0 +1,88 @@
+"""A phase is the run's config with changes: what may change, what follows, what is refused."""
+
+import pytest
+
+from pipeline.check import composed
+from pipeline.config import check
+from pipeline.phases import phases
+
+TWO = [
+    "recipe=emoji",
+    "name=x",
+    "data.shards=y",
+    "tokenizer.path=clip",
+    "samples_seen=???",
+    "+phases.small.samples_seen=51200",
+    "+phases.small.model.image.image_size=16",
+    "+phases.small.schedule.warmup_samples=512",
+    "+phases.large.samples_seen=12900",
+    "+phases.large.global_batch_size=128",
+    "+phases.large.schedule.warmup_samples=0",
+    "+phases.large.image_tokens=null",
+]
+
+
+def complaint(*overrides, world_size=1):
+    with pytest.raises(ValueError, match="problem") as caught:
+        check(composed("train", [*TWO, *overrides]), world_size=world_size)
+    return str(caught.value)
+
+
+def test_steps_and_pairs_are_counted_through():
+    cfg = composed("train", TWO)
+    check(cfg)
+    small, large = phases(cfg)
+    assert (small.name, small.first_step, small.first_sample, small.steps) == ("small", 0, 0, 200)
+    assert (large.name, large.first_step, large.first_sample) == ("large", 200, 51200)
+    assert large.steps == 100 and large.samples == 12800 and large.end_step == 300
+    assert large.samples_at(200) == 51200 and large.samples_at(201) == 51328
+
+
+def test_what_a_phase_does_not_name_is_the_runs_and_interpolations_follow():
+    small, large = phases(composed("train", TWO))
+    assert small.config.transform.image_size == small.config.model.image.image_size == 16
+    assert large.config.transform.image_size == 32
+    assert small.config.image_tokens.keep == 0.25 and large.config.image_tokens is None
+    assert small.config.optimizer == large.config.optimizer
+    assert not small.config.phases and not large.config.phases
+
+
+def test_another_component_replaces_the_runs():
+    target = "pipeline.optim.schedules.WarmupCosine"
+    same = composed("train", [*TWO, f"+phases.small.schedule._target_={target}"])
+    assert phases(same)[0].config.schedule.final_fraction == 0.0
+    policy = "+phases.small.image_tokens._target_=pipeline.models.vit.PatchEmbed"
+    assert "keep" not in phases(composed("train", [*TWO, policy]))[0].config.image_tokens
+
+
+def test_a_run_without_phases_is_one():
+    cfg = composed("train", [*TWO[:4]])
+    (only,) = phases(cfg)
+    assert only.name == "" and only.config is cfg and only.steps == 1000
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("+phases.small.seed=3", "phases.small.seed: belongs to the run"),
+        ("+phases.small.trainer.devices=2", "phases.small.trainer: belongs to the run"),
+        ("+phases.small.lrr=3", "phases.small.lrr: a run has no such key"),
+        ("+phases.small.optimizer.lrr=3", "phases.small.optimizer.lrr: "),
+        ("+phases.large.model.image.width=8", "phases.large.model.image.width: a phase cannot"),
+        ("+phases.large.schedule.warmup_samples=99999", "phases.large.schedule.warmup_samples"),
+        ("+phases.large.optimizer_state=lose", "'lose' is neither"),
+        ("~phases.large.samples_seen", "phases.large.samples_seen: missing"),
+        ("optimizer.lr=fast", "\n  optimizer.lr:"),  # wrong in every phase: named once
+    ],
+)
+def test_mistakes_are_named(override, words):
+    overrides = [override]
+    if override.startswith(("+phases.large.schedule", "+phases.small.sch")):
+        overrides = [override.removeprefix("+")]
+    assert words in complaint(*overrides)
+
+
+def test_a_batch_is_checked_in_each_phase():
+    text = complaint("phases.large.global_batch_size=100", world_size=8)
+    assert "phases.large.global_batch_size: 100 is not a multiple of 8" in text
+    assert "phases.small" not in text
