@@ -12,7 +12,7 @@ from pipeline.data.tokenizer import BpeTokenizer
 from pipeline.evals.trained import TrainedClip
 from pipeline.models.clip import CLIP
 from pipeline.models.text import TextTransformer
-from pipeline.models.transformer import ACTIVATIONS
+from pipeline.models.mlp import ACTIVATIONS
 from pipeline.models.vit import VisionTransformer
 
 LAYER_NORM_EPS = 1e-5  # torch's, open_clip's and the one written into transformers' config

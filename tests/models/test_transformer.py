@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 
-from pipeline.models.transformer import Attention, QuickGelu, Transformer
+from pipeline.models.attention import Attention
+from pipeline.models.mlp import QuickGelu
+from pipeline.models.transformer import Transformer
 
 
 def attention_by_hand(layer: Attention, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,34 @@
+"""First values for a model that was built without memory.
+
+with torch.device("meta"):
+    model = build(config)
+model.to_empty(device=...)
+initialise(model)
+"""
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def initialise(model: nn.Module) -> None:
+    """Draw every parameter and fill every buffer anew, from torch's global generator.
+
+    Parts come before wholes: torch's own layers first (`reset_parameters`), then ours
+    (`initialise`), each of which sets what is its own choice. The distribution is that of ordinary
+    construction; the draws come in another order.
+    Raises ValueError for a module whose values nobody would set.
+    """
+    for module in reversed(list(model.modules())):
+        for method in ("initialise", "reset_parameters"):
+            if hasattr(module, method):
+                getattr(module, method)()
+                break
+        else:
+            own = [name for name, _ in module.named_parameters(recurse=False)]
+            own += [name for name, _ in module.named_buffers(recurse=False)]
+            if own:
+                raise ValueError(
+                    f"{type(module).__name__} has values {own} and no initialise() or "
+                    "reset_parameters() to set them: give it one"
+                )
