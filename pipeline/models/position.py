@@ -8,28 +8,33 @@ import torch
 from torch import Tensor, nn
 
 
-def _frequencies(count: int, device: torch.device | None = None) -> Tensor:
-    """10000^(-i / count) for i < count: from 1 towards 1/10000, float64."""
-    return 10000.0 ** (-torch.arange(count, dtype=torch.float64, device=device) / count)
+def _frequencies(count: int, *, to_the_end: bool = False, device: torch.device) -> Tensor:
+    """`count` frequencies from 1 down to 1/10000, or to one step before it; float64."""
+    steps = count - to_the_end
+    return 10000.0 ** (-torch.arange(count, dtype=torch.float64, device=device) / steps)
 
 
-def _grid(side: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def _grid(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Row and column of each patch, (S * S,) float64."""
     place = torch.arange(side, dtype=torch.float64, device=device)
     return place.repeat_interleave(side), place.repeat(side)
 
 
-def sincos_table(side: int, width: int, *, prefix: int, device: torch.device) -> Tensor:
-    """(P + S * S, width) float32: the fixed 2-D positions of MAE (arXiv:2111.06377, as in MoCo v3),
-    FLIP and CLIPA.
+def sincos_table(
+    side: int, width: int, *, prefix: int, device: torch.device, to_the_end: bool = False
+) -> Tensor:
+    """(P + S * S, width) float32: fixed 2-D positions.
 
     Half of the channels tell the column and half the row, each sines, then cosines. Prefix rows
-    are 0.
-    Raises ValueError unless width is a multiple of 4.
+    are 0. to_the_end: the last frequency is 1/10000 (MoCo v3, arXiv:2104.02057, and with it
+    CLIPA-v2), else one step before it (MAE, arXiv:2111.06377, and with it FLIP).
+    Raises ValueError unless width is a multiple of 4, 8 at least.
     """
-    if width % 4:
-        raise ValueError(f"positions=sincos needs a width that is a multiple of 4, not {width}")
-    frequencies = _frequencies(width // 4, device)
+    if width % 4 or width < 8:
+        raise ValueError(
+            f"sine-cosine positions need a width that is a multiple of 4, from 8 on, not {width}"
+        )
+    frequencies = _frequencies(width // 4, to_the_end=to_the_end, device=device)
     row, column = _grid(side, device)
     angles = [place[:, None] * frequencies for place in (column, row)]
     table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
@@ -62,7 +67,7 @@ class Rotary(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        frequencies = _frequencies(self.head_width // 4, self.cos.device)
+        frequencies = _frequencies(self.head_width // 4, device=self.cos.device)
         places = _grid(self.side, self.cos.device)
         scale = self.grid / self.side
         angles = torch.cat([place[:, None] * scale * frequencies for place in places], dim=1)

@@ -15,7 +15,8 @@ from pipeline.models.pooling import POOLINGS, WITHOUT_WEIGHTS, AttentionPool
 from pipeline.models.position import Rotary, sincos_table
 from pipeline.models.transformer import BlockStyle, Transformer
 
-POSITIONS = ("learned", "sincos", "none")
+SINCOS = {"sincos": False, "sincos_moco": True}  # does the last frequency reach 1/10000?
+POSITIONS = ("learned", *SINCOS, "none")
 
 
 class PatchEmbed(nn.Module):
@@ -59,9 +60,9 @@ class VisionTransformer(nn.Module):
     patches, "mean_all" with the class token, or "map", a learned query's attention (SigLIP).
     norm_before_pooling: `ln_post` norms all tokens and not the pooled vector; the same for the
     class token.
-    positions, added to patches: "learned", "sincos" (fixed) or "none". rotary_grid: also turn
-    queries and keys by the patch's place, counted on a grid of this side (see position.Rotary);
-    None does not.
+    positions, added to patches: "learned", "sincos" and "sincos_moco" (fixed, see
+    position.sincos_table) or "none". rotary_grid: also turn queries and keys by the patch's place,
+    counted on a grid of this side (see position.Rotary); None does not.
     ln_pre: a norm in front of the blocks. patch_bias: of the patch embedding. block: what the
     blocks are made of.
     Attributes: width, image_size, num_tokens = N (without the class token), num_prefix = P.
@@ -128,13 +129,14 @@ class VisionTransformer(nn.Module):
             self.pool = WITHOUT_WEIGHTS[pooling]()
 
     def _make_tables(self, class_token: bool, positions: str) -> None:
+        self.positions = positions
         table = torch.empty(self.num_prefix + self.num_tokens, self.width)
         self.class_token = nn.Parameter(torch.empty(self.width)) if class_token else None
         if positions == "learned":
             self.position = nn.Parameter(table)
         else:  # not a weight, so not in checkpoints: another image size makes its own
             self.register_buffer(
-                "position", table if positions == "sincos" else None, persistent=False
+                "position", table if positions in SINCOS else None, persistent=False
             )
 
     @torch.no_grad()
@@ -142,11 +144,16 @@ class VisionTransformer(nn.Module):
         # std width^-1/2 for class token and positions: CLIP's choice for the image tower.
         if self.class_token is not None:
             self.class_token.normal_().mul_(self.width**-0.5)
-        if isinstance(self.position, nn.Parameter):
+        if self.positions == "learned":
             self.position.normal_().mul_(self.width**-0.5)
         elif self.position is not None:
-            side, device = math.isqrt(self.num_tokens), self.position.device
-            table = sincos_table(side, self.width, prefix=self.num_prefix, device=device)
+            table = sincos_table(
+                math.isqrt(self.num_tokens),
+                self.width,
+                prefix=self.num_prefix,
+                device=self.position.device,
+                to_the_end=SINCOS[self.positions],
+            )
             self.position.copy_(table)
 
     def initialise(self) -> None:
