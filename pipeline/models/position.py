@@ -87,7 +87,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[2i], x[2i+1]) of the last dimension by their angles, in float32 at least."""
+    """Turn the pairs (x[2i], x[2i+1]) of the last dimension by their angles, in float32."""
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return turned.flatten(-2).to(x.dtype)

@@ -155,7 +155,7 @@ class Transformer(nn.Module):
         residual_std = width**-0.5 * (2 * len(self.blocks)) ** -0.5
         for block in self.blocks:
             linears = {block.attention.qkv: width**-0.5, block.attention.out: residual_std}
-            linears |= {linear: (2 * width) ** -0.5 for linear in block.mlp.readers}
+            linears |= dict.fromkeys(block.mlp.readers, (2 * width) ** (-0.5))
             linears[block.mlp.down] = residual_std
             for linear, std in linears.items():
                 nn.init.normal_(linear.weight, std=std)

@@ -36,6 +36,7 @@ def main(directory: str, inputs: str, outputs: str) -> None:
                 given["token_ids"], normalize=True
             ),
             "logit_scale": model.logit_scale.exp(),
+            "logit_bias": model.logit_bias,
         }
     torch.save(found, outputs)
 

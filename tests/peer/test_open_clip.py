@@ -20,6 +20,7 @@ from pipeline.evals.trained import TrainedClip
 from pipeline.formats.open_clip import OpenClip
 from pipeline.models.clip import CLIP
 from pipeline.models.text import TextTransformer
+from pipeline.models.transformer import BlockStyle
 from pipeline.models.vit import VisionTransformer
 
 ROOT = Path(__file__).parents[2]
@@ -49,23 +50,30 @@ def pool_captions(count):
     return pq.read_table(shard, columns=["caption"])["caption"].to_pylist()[:count]
 
 
-def make(path, activation):
+def make(path, activation, *, image=None, text=None, **clip):
     """A small model with every parameter off its initial value, so that a mix-up shows."""
     torch.manual_seed(0)
     tokenizer = BpeTokenizer(path=path, context_length=14)
-    image = VisionTransformer(
-        image_size=24, patch_size=8, width=32, layers=3, heads=4, activation=activation
-    )
-    text = TextTransformer(
-        vocab_size=tokenizer.vocab_size,
-        context_length=14,
-        width=24,
-        layers=2,
-        heads=2,
-        mlp_ratio=2.7,
-        activation=activation,
-    )
-    model = CLIP(image=image, text=text, embed_dim=20)
+    towers = {
+        "image": VisionTransformer(
+            image_size=24,
+            patch_size=8,
+            width=32,
+            layers=3,
+            heads=4,
+            **{"activation": activation} | (image or {}),
+        ),
+        "text": TextTransformer(
+            vocab_size=tokenizer.vocab_size,
+            context_length=14,
+            width=24,
+            layers=2,
+            heads=2,
+            mlp_ratio=2.7,
+            **{"activation": activation} | (text or {}),
+        ),
+    }
+    model = CLIP(**towers, embed_dim=clip.pop("embed_dim", 20), **clip)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -152,3 +160,61 @@ def test_our_clip_tokenizer_is_theirs(tmp_path):
     assert theirs["tokenizer"] == "SimpleTokenizer"
     assert torch.equal(theirs["simple_token_ids"], tokenizer(captions))
     assert torch.equal(theirs["token_ids"], trained.tokenizer(captions))
+
+
+OPTIONS = {
+    "clipa": {
+        "image": {
+            "activation": "gelu_tanh",
+            "pooling": "mean",
+            "positions": "sincos_moco",
+            "ln_pre": False,
+            "patch_bias": True,
+            "block": BlockStyle(norm_eps=1e-3, qkv_bias="none"),
+        },
+        "text": {"activation": "gelu_tanh", "causal": False, "pooling": "last"},
+        "text_projection": "biased",
+        "init_logit_bias": -10.0,
+    },
+    "normed": {
+        "image": {
+            "pooling": "mean",
+            "norm_before_pooling": True,
+            "positions": "sincos",
+            "block": BlockStyle(sub_norm=True, qk_norm=True, layer_scale=0.3),
+        },
+        "text": {
+            "pooling": "first",
+            "causal": False,
+            "block": BlockStyle(sub_norm=True, norm_eps=1e-3, qkv_bias="query_value"),
+        },
+        "image_projection": "none",
+        "embed_dim": 32,
+    },
+    "eot_by_id": {"text": {"eot_id": 300}},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_that_open_clip_has_are_exported(options, tmp_path):
+    path = str(tmp_path / "bpe")
+    train_bpe(pool_captions(100), vocab_size=600, directory=path)
+    trained = make(path, "gelu", **OPTIONS[options])
+    OpenClip().write(trained, tmp_path / "exported")
+    token_ids = trained.tokenizer(CAPTIONS)
+    token_ids[:, 7] = 300
+    inputs = {
+        "pixels": torch.randn(5, 3, 24, 24),
+        "images": pictures()[:1],
+        "captions": CAPTIONS,
+        "token_ids": token_ids,
+    }
+    theirs = in_open_clip(tmp_path / "exported", inputs, tmp_path)
+    with torch.no_grad():
+        image_embed, text_embed = trained.model(inputs["pixels"], token_ids)
+    assert image_embed.std() > 0.05
+    for name, ours in (("image_embed", image_embed), ("text_embed", text_embed)):
+        difference = (theirs[name] - ours).abs().max()
+        assert difference < 1e-5, f"{name} differs by {difference}"
+    if trained.model.logit_bias is not None:
+        assert theirs["logit_bias"] == trained.model.logit_bias.detach()
