@@ -82,7 +82,8 @@ def refuse(
             continue
         if allowed is not None and value in allowed:
             continue
-        known = " or ".join(str(known) for known in [clips[option], *(allowed or ["one value"])])
+        others = ["any other for all blocks"] if allowed is None else allowed
+        known = " or ".join(str(known) for known in [clips[option], *others])
         raise ValueError(
             f"format={format} cannot express {part}.{option} = {value}, only {known}; "
             "format=features works for any model"

@@ -58,7 +58,10 @@ class HfText(nn.Module):
         if getattr(model, "pooler", None) is not None:
             model.pooler = None
         if activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Renamed in transformers 5; the old name goes with version 6, and this then too.
+            old = "gradient_checkpointing_enable"
+            enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, old)
+            enable({"use_reentrant": False})
         self.model = model
         self.pooling = pooling
         self.width = settings.hidden_size
@@ -75,7 +78,12 @@ class HfText(nn.Module):
                 f"{path or settings.model_type}: set it to {limit} or fewer"
             )
 
-    def initialise(self) -> None:
+    def initialise_whole(self) -> None:
+        """Random weights: those of `path` are to be loaded after."""
+        for module in self.model.modules():
+            module._is_hf_initialized = False  # or they think that what is there is meant
+        for tensor in self.model.parameters():
+            tensor._is_hf_initialized = False
         self.model.init_weights()
 
     def forward(self, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -108,7 +116,7 @@ class HfText(nn.Module):
 def _pretrained(path: str) -> nn.Module:
     try:
         return AutoModel.from_pretrained(path, dtype=torch.float32)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         what = "has no model" if Path(path).exists() else "is no directory"
         raise ValueError(
             f"text.path={path} {what} and no model of that name could be had: give a directory "

@@ -15,20 +15,23 @@ def initialise(model: nn.Module) -> None:
     """Draw every parameter and fill every buffer anew, from torch's global generator.
 
     Parts come before wholes: torch's own layers first (`reset_parameters`), then ours
-    (`initialise`), each of which sets what is its own choice. The distribution is that of ordinary
-    construction; the draws come in another order.
+    (`initialise`), each of which sets what is its own choice. `initialise_whole` sets all below it.
+    The distribution is that of ordinary construction; the draws come in another order.
     Raises ValueError for a module whose values nobody would set.
     """
-    for module in reversed(list(model.modules())):
-        for method in ("initialise", "reset_parameters"):
-            if hasattr(module, method):
-                getattr(module, method)()
-                break
-        else:
-            own = [name for name, _ in module.named_parameters(recurse=False)]
-            own += [name for name, _ in module.named_buffers(recurse=False)]
-            if own:
-                raise ValueError(
-                    f"{type(module).__name__} has values {own} and no initialise() or "
-                    "reset_parameters() to set them: give it one"
-                )
+    if hasattr(model, "initialise_whole"):
+        model.initialise_whole()
+        return
+    for child in model.children():
+        initialise(child)
+    for method in ("initialise", "reset_parameters"):
+        if hasattr(model, method):
+            getattr(model, method)()
+            return
+    own = [name for name, _ in model.named_parameters(recurse=False)]
+    own += [name for name, _ in model.named_buffers(recurse=False)]
+    if own:
+        raise ValueError(
+            f"{type(model).__name__} has values {own} and no initialise() or "
+            "reset_parameters() to set them: give it one"
+        )

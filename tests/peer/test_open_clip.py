@@ -92,18 +92,23 @@ def pictures():
     return images
 
 
-def in_open_clip(directory, inputs, folder):
-    torch.save(inputs, folder / "inputs.pt")
-    script = Path(__file__).with_name("open_clip_features.py")
+def in_open_clip(*jobs):
+    """What open_clip makes of each (exported directory, inputs, folder for files), in one
+    process.
+    """
+    arguments = []
+    for directory, inputs, folder in jobs:
+        torch.save(inputs, folder / "inputs.pt")
+        arguments += [directory, folder / "inputs.pt", folder / "outputs.pt"]
     done = subprocess.run(
-        [PYTHON, script, directory, folder / "inputs.pt", folder / "outputs.pt"],
+        [PYTHON, Path(__file__).with_name("open_clip_features.py"), *arguments],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return torch.load(folder / "outputs.pt", weights_only=True)
+    return [torch.load(folder / "outputs.pt", weights_only=True) for _, _, folder in jobs]
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
@@ -123,7 +128,7 @@ def test_open_clip_embeds_as_we_do(vocabulary, activation, tmp_path):
         "captions": captions,
         "token_ids": trained.tokenizer(captions),
     }
-    theirs = in_open_clip(tmp_path / "exported", inputs, tmp_path)
+    (theirs,) = in_open_clip((tmp_path / "exported", inputs, tmp_path))
 
     with torch.no_grad():
         image_embed = trained.model.encode_image(inputs["pixels"])
@@ -156,7 +161,7 @@ def test_our_clip_tokenizer_is_theirs(tmp_path):
         "captions": captions,
         "token_ids": trained.tokenizer(captions),
     }
-    theirs = in_open_clip(tmp_path / "exported", inputs, tmp_path)
+    (theirs,) = in_open_clip((tmp_path / "exported", inputs, tmp_path))
     assert theirs["tokenizer"] == "SimpleTokenizer"
     assert torch.equal(theirs["simple_token_ids"], tokenizer(captions))
     assert torch.equal(theirs["token_ids"], trained.tokenizer(captions))
@@ -195,26 +200,30 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_options_that_open_clip_has_are_exported(options, tmp_path):
+def test_options_that_open_clip_has_are_exported(tmp_path):
     path = str(tmp_path / "bpe")
     train_bpe(pool_captions(100), vocab_size=600, directory=path)
-    trained = make(path, "gelu", **OPTIONS[options])
-    OpenClip().write(trained, tmp_path / "exported")
-    token_ids = trained.tokenizer(CAPTIONS)
-    token_ids[:, 7] = 300
-    inputs = {
-        "pixels": torch.randn(5, 3, 24, 24),
-        "images": pictures()[:1],
-        "captions": CAPTIONS,
-        "token_ids": token_ids,
-    }
-    theirs = in_open_clip(tmp_path / "exported", inputs, tmp_path)
-    with torch.no_grad():
-        image_embed, text_embed = trained.model(inputs["pixels"], token_ids)
-    assert image_embed.std() > 0.05
-    for name, ours in (("image_embed", image_embed), ("text_embed", text_embed)):
-        difference = (theirs[name] - ours).abs().max()
-        assert difference < 1e-5, f"{name} differs by {difference}"
-    if trained.model.logit_bias is not None:
-        assert theirs["logit_bias"] == trained.model.logit_bias.detach()
+    jobs, models = [], []
+    for name, options in OPTIONS.items():
+        trained = make(path, "gelu", **options)
+        (tmp_path / name).mkdir()
+        OpenClip().write(trained, tmp_path / name / "exported")
+        token_ids = trained.tokenizer(CAPTIONS)
+        token_ids[:, 7] = 300
+        inputs = {
+            "pixels": torch.randn(5, 3, 24, 24),
+            "images": pictures()[:1],
+            "captions": CAPTIONS,
+            "token_ids": token_ids,
+        }
+        jobs.append((tmp_path / name / "exported", inputs, tmp_path / name))
+        models.append(trained.model)
+    for (_, inputs, folder), model, theirs in zip(jobs, models, in_open_clip(*jobs), strict=True):
+        with torch.no_grad():
+            embeds = model(inputs["pixels"], inputs["token_ids"])
+        for name, ours in zip(("image_embed", "text_embed"), embeds, strict=True):
+            assert ours.std() > 0.05
+            difference = (theirs[name] - ours).abs().max()
+            assert difference < 1e-5, f"{folder.name}: {name} differs by {difference}"
+        if model.logit_bias is not None:
+            assert theirs["logit_bias"] == model.logit_bias.detach()

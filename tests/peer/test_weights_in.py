@@ -1,4 +1,4 @@
-"""Checkpoints of open_clip and timm in our towers: the same embeddings, the same position tables."""
+"""Checkpoints of open_clip and timm in our towers: the same embeddings, the same positions."""
 
 import os
 import subprocess
