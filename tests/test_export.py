@@ -29,6 +29,7 @@ from pipeline.formats.open_clip import OpenClip
 from pipeline.formats.transformers import Transformers
 from pipeline.models.clip import CLIP
 from pipeline.models.text import TextTransformer
+from pipeline.models.transformer import BlockStyle
 from pipeline.models.vit import VisionTransformer
 from pipeline.shards import Record, write_manifest, write_shard
 
@@ -179,11 +180,11 @@ def test_what_cannot_be_expressed_is_named(kind, small_bpe, tmp_path):
         kind().write(trained, tmp_path)
     trained = make(small_bpe)
     trained.model.text.transformer.blocks[0].mlp.activation = nn.ReLU()
-    with pytest.raises(ValueError, match=r"cannot express model\.text\.activation = ReLU"):
+    with pytest.raises(ValueError, match=r"model\.text\.activation = \['ReLU', 'gelu'\], only"):
         kind().write(trained, tmp_path)
     trained = make(small_bpe)
     trained.model.text.ln_final.eps = 1e-6
-    with pytest.raises(ValueError, match=r"model\.text has a LayerNorm with eps 1e-06"):
+    with pytest.raises(ValueError, match=r"model\.text\.block\.norm_eps = \[1e-05, 1e-06\]"):
         kind().write(trained, tmp_path)
     trained = make(small_bpe)
     trained.tokenizer = BpeTokenizer(path="clip", context_length=14)
@@ -195,6 +196,90 @@ def test_what_cannot_be_expressed_is_named(kind, small_bpe, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+REFUSED = {
+    r"model\.image\.pooling = map, only class_token or mean;": (
+        OpenClip,
+        {"pooling": "map"},
+    ),
+    r"model\.image\.pooling = mean, only class_token;": (Transformers, {"pooling": "mean"}),
+    r"model\.image\.ln_pre = False, only True;": (Transformers, {"ln_pre": False}),
+    r"model\.image\.rotary_grid = 4, only None;": (OpenClip, {"rotary_grid": 4}),
+    r"model\.image\.activation = swiglu, only gelu": (OpenClip, {"activation": "swiglu"}),
+    r"model\.image\.block\.norm = rms, only layer;": (
+        OpenClip,
+        {"block": BlockStyle(norm="rms")},
+    ),
+    r"model\.image\.block\.norm_place = after, only before;": (
+        OpenClip,
+        {"block": BlockStyle(norm_place="after")},
+    ),
+    r"model\.image\.block\.sub_norm = True, only False;": (
+        Transformers,
+        {"block": BlockStyle(sub_norm=True)},
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_options_without_a_place_are_refused(message, small_bpe, tmp_path):
+    kind, options = REFUSED[message]
+    trained = make(small_bpe)
+    trained.model.image = VisionTransformer(
+        image_size=24, patch_size=8, width=32, layers=2, heads=4, **options
+    )
+    with pytest.raises(ValueError, match=message + ".*format=features works"):
+        kind().write(trained, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_heads_without_a_place_are_refused(small_bpe, tmp_path):
+    trained = make(small_bpe)
+    towers = {"image": trained.model.image, "text": trained.model.text}
+    for head, kind, message in (
+        ({"init_logit_bias": -10.0}, Transformers, "logit_bias.*format=open_clip can"),
+        ({"image_projection": "biased"}, Transformers, "image_projection = biased"),
+        ({"text_projection": "biased"}, Transformers, "text_projection = biased"),
+        ({"image_projection": "biased"}, OpenClip, "image_projection = biased"),
+    ):
+        trained.model = CLIP(**towers, embed_dim=20, **head)
+        with pytest.raises(ValueError, match=message):
+            kind().write(trained, tmp_path)
+
+
+def test_options_that_transformers_has_are_exported(small_bpe, tmp_path):
+    """Fixed positions, another eps, no biases where it has some, a bias where it has none."""
+    trained = make(small_bpe)
+    torch.manual_seed(2)
+    trained.model = CLIP(
+        image=VisionTransformer(
+            image_size=24,
+            patch_size=8,
+            width=32,
+            layers=2,
+            heads=4,
+            activation="gelu_tanh",
+            positions="sincos",
+            patch_bias=True,
+            block=BlockStyle(norm_eps=1e-3, qkv_bias="query_value"),
+        ),
+        text=trained.model.text,
+        embed_dim=32,
+        image_projection="none",
+    )
+    with torch.no_grad():
+        for parameter in trained.model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    Transformers().write(trained, tmp_path)
+    theirs, loaded = CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loaded.values()), loaded
+    pixels = torch.randn(5, 3, 24, 24)
+    with torch.no_grad():
+        image_embed = theirs.get_image_features(pixels).pooler_output
+        expected = trained.model.encode_image(pixels)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(normal(image_embed), expected, atol=1e-5, rtol=0)
+
+
 def test_open_clip_has_one_switch_for_the_activation(small_bpe, tmp_path):
     with pytest.raises(ValueError, match=r"two activations: model\.image has gelu, model\.text"):
         OpenClip().write(make(small_bpe, text_activation="quick_gelu"), tmp_path)
@@ -203,7 +288,7 @@ def test_open_clip_has_one_switch_for_the_activation(small_bpe, tmp_path):
 def test_mlp_ratio_gives_the_hidden_width_again():
     for width in (24, 48, 96, 384, 768):
         for hidden in range(width, 5 * width):
-            tower = Tower(width=width, layers=1, heads=1, hidden=hidden, activation="gelu")
+            tower = Tower(width=width, layers=1, heads=1, hidden=hidden, traits={})
             assert int(width * tower.mlp_ratio) == hidden
 
 

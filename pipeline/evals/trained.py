@@ -81,7 +81,7 @@ class TrainedClip:
     @torch.inference_mode()
     def image_embed(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor:
         """(n, D) float32 on the CPU, unit norm. Raises ValueError for bytes that are no image."""
-        embeds = [torch.empty(0, self.model.image_projection.out_features)]
+        embeds = [torch.empty(0, self.model.embed_dim)]
         for batch in in_batches(images, batch_size):
             pixels = torch.stack([self._pixels(data) for data in batch]).to(self.device)
             embed = self.model.encode_image(self.transform.normalise(pixels))
@@ -100,7 +100,7 @@ class TrainedClip:
     @torch.inference_mode()
     def text_embed(self, captions: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """(n, D) float32 on the CPU, unit norm."""
-        embeds = [torch.empty(0, self.model.text_projection.out_features)]
+        embeds = [torch.empty(0, self.model.embed_dim)]
         for batch in in_batches(captions, batch_size):
             embed = self.model.encode_text(self.tokenizer(batch).to(self.device))
             embeds.append(embed.float().cpu())

@@ -1,8 +1,8 @@
 """What of a model other software must be told, and a refusal of what it cannot express."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -10,23 +10,33 @@ from torch import Tensor, nn
 
 from pipeline.data.tokenizer import BpeTokenizer
 from pipeline.evals.trained import TrainedClip
+from pipeline.formats.traits import (
+    CLIPS_IMAGE,
+    CLIPS_TEXT,
+    image_traits,
+    refuse,
+    text_traits,
+)
 from pipeline.models.clip import CLIP
 from pipeline.models.text import TextTransformer
-from pipeline.models.transformer import ACTIVATIONS
 from pipeline.models.vit import VisionTransformer
 
-LAYER_NORM_EPS = 1e-5  # torch's, open_clip's and the one written into transformers' config
+Able = Mapping[str, Collection[Any] | None]
 
 
 @dataclass(frozen=True)
 class Tower:
-    """One transformer. `hidden` is the width inside its MLPs, `activation` our name of it."""
+    """One transformer. `hidden` is the width inside its MLPs; `traits`: see formats.traits."""
 
     width: int
     layers: int
     heads: int
     hidden: int
-    activation: str
+    traits: Mapping[str, Any]
+
+    @property
+    def activation(self) -> str:
+        return self.traits["activation"]
 
     @property
     def mlp_ratio(self) -> float:
@@ -49,11 +59,14 @@ class Architecture:
     eot: int
 
 
-def describe(trained: TrainedClip, *, format: str) -> Architecture:
+def describe(
+    trained: TrainedClip, *, format: str, able_image: Able, able_text: Able
+) -> Architecture:
     """The architecture of a model of ours.
 
-    Raises ValueError, naming the part, if it is none that `format` can express: only CLIP's own
-    two transformers and a byte-pair tokenizer have a place there.
+    able_image, able_text: the options beside CLIP's that `format` can express, see traits.refuse.
+    Raises ValueError, naming the part, for any other: only our two transformers and a byte-pair
+    tokenizer have a place there.
     """
     model, tokenizer = trained.model, trained.tokenizer
     _needs(model, CLIP, format, "model")
@@ -65,14 +78,17 @@ def describe(trained: TrainedClip, *, format: str) -> Architecture:
             f"the tokenizer has {tokenizer.vocab_size} ids, model.text only "
             f"{model.text.vocab_size}: this run's tokenizer was changed after training"
         )
+    image, text = image_traits(model.image), text_traits(model.text)
+    refuse(image, CLIPS_IMAGE, able_image, format=format, part="model.image")
+    refuse(text, CLIPS_TEXT, able_text, format=format, part="model.text")
     return Architecture(
-        image=_tower(model.image, format, "model.image"),
-        text=_tower(model.text, format, "model.text"),
+        image=_tower(model.image, image),
+        text=_tower(model.text, text),
         image_size=model.image.image_size,
         patch_size=model.image.patch_embed.patch_size,
         vocab_size=model.text.vocab_size,
         context_length=model.text.context_length,
-        embed_dim=model.image_projection.out_features,
+        embed_dim=model.embed_dim,
         eot=tokenizer.eot,
     )
 
@@ -86,42 +102,53 @@ def _needs(part: object, kind: type, format: str, name: str) -> None:
         )
 
 
-def _tower(tower: VisionTransformer | TextTransformer, format: str, name: str) -> Tower:
-    for module in tower.modules():
-        if isinstance(module, nn.LayerNorm) and module.eps != LAYER_NORM_EPS:
-            raise ValueError(f"format={format}: {name} has a LayerNorm with eps {module.eps}")
+def _tower(tower: VisionTransformer | TextTransformer, traits: Mapping[str, Any]) -> Tower:
     block = tower.transformer.blocks[0]
-    known = {kind: activation for activation, kind in ACTIVATIONS.items()}
-    kind = type(block.mlp.activation)
-    activation = known.get(kind, kind.__name__)
-    if activation not in ("gelu", "quick_gelu"):
-        raise ValueError(f"format={format} cannot express {name}.activation = {activation}")
     return Tower(
-        width=block.attention.out.in_features,
+        width=tower.width,
         layers=len(tower.transformer.blocks),
         heads=block.attention.heads,
         hidden=block.mlp.up.out_features,
-        activation=activation,
+        traits=traits,
     )
 
 
-def renamed(weights: Mapping[str, Tensor], rules: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    """Weights as float32 under other names: each (regular expression, replacement) in order."""
-    out = {}
-    for name, tensor in weights.items():
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        out[name] = tensor.detach().float().cpu().contiguous()
-    assert len(out) == len(weights), "two weights got one name"
-    return out
+def plain_weights(model: CLIP) -> dict[str, Tensor]:
+    """The state_dict as float32 on the CPU, in the form of a tower whose only biases and positions
+    are CLIP's; the model computes the same.
 
-
-def model_weights(model: CLIP) -> dict[str, Tensor]:
-    """The state_dict, with the logit scale as the model uses it: clamped."""
+    The logit scale is the clamped one. A missing key bias, or all three, are zeros; a bias of the
+    patch embedding is part of every patch's position, and fixed positions are written out; a
+    projection that is none is the identity.
+    """
     with torch.no_grad():
-        return model.state_dict() | {"log_logit_scale": model.logit_scale.log()}
+        weights = model.state_dict() | {"log_logit_scale": model.logit_scale.log()}
+        weights = {name: tensor.detach().float().cpu() for name, tensor in weights.items()}
+        for name in [name for name in weights if name.endswith(".qkv.weight")]:
+            bias = weights.get(name.replace("weight", "bias"))
+            weights[name.replace("weight", "bias")] = _three_biases(bias, len(weights[name]))
+        if model.image.position is not None:
+            weights["image.position"] = model.image.position.detach().float().cpu().clone()
+            bias = weights.pop("image.patch_embed.bias", None)
+            if bias is not None:
+                weights["image.position"][model.image.num_prefix :] += bias
+    for name in ("image_projection", "text_projection"):
+        if isinstance(getattr(model, name), nn.Identity):
+            weights[f"{name}.weight"] = torch.eye(model.embed_dim)
+    return weights
+
+
+def _three_biases(bias: Tensor | None, length: int) -> Tensor:
+    """Query's, key's and value's, (length,)."""
+    if bias is None:
+        return torch.zeros(length)
+    if len(bias) == length:
+        return bias
+    query, value = bias.chunk(2)
+    return torch.cat([query, torch.zeros_like(query), value])
 
 
 def safetensors_bytes(weights: Mapping[str, Tensor]) -> bytes:
     """A .safetensors file; transformers refuses one that does not say it is torch's."""
-    return safetensors.torch.save(dict(weights), metadata={"format": "pt"})
+    whole = {name: tensor.contiguous() for name, tensor in weights.items()}
+    return safetensors.torch.save(whole, metadata={"format": "pt"})

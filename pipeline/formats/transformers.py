@@ -2,41 +2,27 @@
 
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from torch import nn
 
 from pipeline.evals.trained import TrainedClip
 from pipeline.formats.architecture import (
-    LAYER_NORM_EPS,
     Architecture,
     Tower,
     describe,
-    model_weights,
-    renamed,
+    plain_weights,
     safetensors_bytes,
 )
+from pipeline.formats.names import TRANSFORMERS
 from pipeline.models.clip import CLIP
 from pipeline.shards import write_atomically, write_json
 
-RULES = [
-    (r"^image\.patch_embed", "vision_model.embeddings.patch_embedding"),
-    (r"^image\.class_token", "vision_model.embeddings.class_embedding"),
-    (r"^image\.position", "vision_model.embeddings.position_embedding.weight"),
-    (r"^image\.ln_pre", "vision_model.pre_layrnorm"),  # their spelling
-    (r"^image\.ln_post", "vision_model.post_layernorm"),
-    (r"^image\.transformer\.blocks", "vision_model.encoder.layers"),
-    (r"^text\.token_embed", "text_model.embeddings.token_embedding"),
-    (r"^text\.position", "text_model.embeddings.position_embedding.weight"),
-    (r"^text\.ln_final", "text_model.final_layer_norm"),
-    (r"^text\.transformer\.blocks", "text_model.encoder.layers"),
-    (r"\.norm_([12])\.", r".layer_norm\1."),
-    (r"\.attention\.([qkv])\.", r".self_attn.\1_proj."),
-    (r"\.attention\.out\.", ".self_attn.out_proj."),
-    (r"\.mlp\.up\.", ".mlp.fc1."),
-    (r"\.mlp\.down\.", ".mlp.fc2."),
-    (r"^image_projection", "visual_projection"),
-    (r"^log_logit_scale", "logit_scale"),
-]
+ABLE_BLOCK = {
+    "activation": ["quick_gelu", "gelu_tanh"],
+    "block.norm_eps": None,
+    "block.qkv_bias": ["query_value", "none"],
+}
+ABLE_IMAGE = {"positions": ["sincos", "sincos_moco"], "patch_bias": [True], **ABLE_BLOCK}
+ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 class Transformers:
@@ -49,24 +35,30 @@ class Transformers:
         `pipeline.data.tokenizer.clean_caption` first where that matters. Their processor puts
         transparent pixels on black, ours on white.
         """
-        architecture = describe(trained, format="transformers")
-        weights = renamed(split_qkv(model_weights(trained.model)), RULES)
+        architecture = describe(
+            trained, format="transformers", able_image=ABLE_IMAGE, able_text=ABLE_BLOCK
+        )
+        _check_head(trained.model)
+        weights = TRANSFORMERS.write(plain_weights(trained.model))
         write_atomically(out / "model.safetensors", safetensors_bytes(weights))
         write_json(out / "config.json", model_config(architecture, trained.model))
         write_json(out / "preprocessor_config.json", preprocessor_config(trained))
         trained.tokenizer.save(out)
 
 
-def split_qkv(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The fused input projection as three."""
-    out = {}
-    for name, tensor in weights.items():
-        if ".qkv." in name:
-            for part, piece in zip("qkv", torch.chunk(tensor, 3), strict=True):
-                out[name.replace(".qkv.", f".{part}.")] = piece
-        else:
-            out[name] = tensor
-    return out
+def _check_head(model: CLIP) -> None:
+    if model.logit_bias is not None:
+        raise ValueError(
+            "format=transformers cannot express a logit_bias: CLIPModel has none; "
+            "format=open_clip can"
+        )
+    for name in ("image_projection", "text_projection"):
+        projection = getattr(model, name)
+        if isinstance(projection, nn.Linear) and projection.bias is not None:
+            raise ValueError(
+                f"format=transformers cannot express {name} = biased, only linear or none; "
+                "format=features works for any model"
+            )
 
 
 def model_config(architecture: Architecture, model: CLIP) -> dict[str, object]:
@@ -101,14 +93,14 @@ def model_config(architecture: Architecture, model: CLIP) -> dict[str, object]:
 
 
 def tower_config(tower: Tower) -> dict[str, object]:
-    """What both towers' configs name alike. Their "gelu" and "quick_gelu" are ours."""
+    """What both towers' configs name alike."""
     return {
         "hidden_size": tower.width,
         "num_hidden_layers": tower.layers,
         "num_attention_heads": tower.heads,
         "intermediate_size": tower.hidden,
-        "hidden_act": tower.activation,
-        "layer_norm_eps": LAYER_NORM_EPS,
+        "hidden_act": ACTIVATIONS[tower.activation],
+        "layer_norm_eps": tower.traits["block.norm_eps"],
         "attention_dropout": 0.0,
     }
 

@@ -11,36 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.attention import Attention, CrossAttention
 from pipeline.models.decoding import choose, guided
-from pipeline.models.transformer import Attention, Mlp
+from pipeline.models.mlp import Mlp
 from pipeline.models.vit import VisionTransformer
 
 
 def patch_features(tower: VisionTransformer, images: Tensor) -> Tensor:
     """(B, 3, S, S) -> (B, 1 + N, width): every token of the tower after `ln_post`, class first."""
-    patches = tower.patch_embed(images) + tower.position[1:]
-    class_token = (tower.class_token + tower.position[0]).expand(len(images), 1, -1)
-    x = torch.cat([class_token, patches], dim=1)
-    return tower.ln_post(tower.transformer(tower.ln_pre(x)))
-
-
-class CrossAttention(nn.Module):
-    """Text positions look at image features: (B, L, W), (B, M, W) -> (B, L, W)."""
-
-    def __init__(self, *, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        key, value = (
-            self.key_value(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+    return tower.ln_post(tower.tokens(images))
 
 
 class DecoderBlock(nn.Module):

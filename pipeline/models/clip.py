@@ -15,10 +15,27 @@ def _unit_norm(features: Tensor) -> Tensor:
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
+def _projection(kind: str, width: int, embed_dim: int, name: str) -> nn.Module:
+    if kind not in PROJECTIONS:
+        raise ValueError(f"unknown {name} {kind!r}: one of {sorted(PROJECTIONS)}")
+    if kind == "none":
+        if width != embed_dim:
+            raise ValueError(
+                f"{name}=none needs a tower of width {embed_dim} (embed_dim), not {width}"
+            )
+        return nn.Identity()
+    return nn.Linear(width, embed_dim, bias=kind == "biased")
+
+
+PROJECTIONS = ("linear", "biased", "none")
+
+
 class CLIP(nn.Module):
     """A pair of encoders into one unit sphere.
 
     image, text: towers with `.width` and forward(inputs, kept) -> (B, width).
+    image_projection, text_projection: "linear" (CLIP), "biased" (a linear layer with bias), or
+    "none" for a tower that is embed_dim wide (SigLIP's image tower).
 
     The learned temperature is the parameter `log_logit_scale`; `logit_scale` is the positive
     factor. init_logit_bias: adds a learned `logit_bias` to every logit (SigLIP, arXiv:2303.15343,
@@ -35,6 +52,8 @@ class CLIP(nn.Module):
         init_logit_scale: float = 1 / 0.07,  # CLIP sec. 2.5
         max_logit_scale: float = 100.0,  # CLIP sec. 2.5: a larger factor made training unstable
         init_logit_bias: float | None = None,
+        image_projection: str = "linear",
+        text_projection: str = "linear",
     ) -> None:
         super().__init__()
         if not 1 <= init_logit_scale <= max_logit_scale:
@@ -44,15 +63,28 @@ class CLIP(nn.Module):
             )
         self.image = image
         self.text = text
+        self.embed_dim = embed_dim
         self.max_log_logit_scale = math.log(max_logit_scale)
-        self.image_projection = nn.Linear(image.width, embed_dim, bias=False)
-        self.text_projection = nn.Linear(text.width, embed_dim, bias=False)
-        for projection in (self.image_projection, self.text_projection):
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
-        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
-        self.logit_bias = (
-            None if init_logit_bias is None else nn.Parameter(torch.tensor(float(init_logit_bias)))
+        self.init_logit_scale, self.init_logit_bias = init_logit_scale, init_logit_bias
+        self.image_projection = _projection(
+            image_projection, image.width, embed_dim, "image_projection"
         )
+        self.text_projection = _projection(
+            text_projection, text.width, embed_dim, "text_projection"
+        )
+        self.log_logit_scale = nn.Parameter(torch.empty(()))
+        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.empty(()))
+        self.initialise()
+
+    def initialise(self) -> None:
+        for projection in (self.image_projection, self.text_projection):
+            if isinstance(projection, nn.Linear):
+                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+                if projection.bias is not None:
+                    nn.init.zeros_(projection.bias)
+        nn.init.constant_(self.log_logit_scale, math.log(self.init_logit_scale))
+        if self.logit_bias is not None:
+            nn.init.constant_(self.logit_bias, self.init_logit_bias)
 
     def encode_image(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """images: (B, 3, H, W) float, normalised. kept: (B, K) patches. Returns (B, D)."""

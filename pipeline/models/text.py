@@ -1,21 +1,27 @@
-"""CLIP's causal text transformer (arXiv:2103.00020, sec. 2.4).
+"""CLIP's text transformer (arXiv:2103.00020, sec. 2.4) and its bidirectional relatives.
 
-Letters: B captions, L positions, K kept positions.
+Letters: B captions, L positions, K kept positions, W width.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.transformer import Transformer
+from pipeline.models.transformer import BlockStyle, Transformer
+
+POOLINGS = ("eot", "last", "first", "mean")
 
 
 class TextTransformer(nn.Module):
-    """(B, L) token ids -> text features (B, width): the end-of-text token after `ln_final`.
+    """(B, L) token ids -> text features (B, W), after `ln_final`.
 
-    The end of text is the first occurrence of a row's largest id (CLIP's convention: the tokenizer
-    gives it the largest of all ids, and padding is 0). Attention is causal, so what follows it
-    changes nothing.
+    causal: token i sees tokens 0..i, so that nothing after the end of text changes anything there.
+    pooling: "eot", the end of text: the first occurrence of `eot_id`, or, if that is None, of a
+    row's largest id (CLIP's tokenizer gives it the largest of all). "last" and "first" are places
+    in the row (SigLIP, CLIPA; BERT). "mean" is over all tokens but padding.
+    pad_id: a row's closing run of this id is padding: no other token sees it, and "mean" leaves it
+    out. None: there is none, and what fills the row is seen as any token (SigLIP, CLIPA).
+    block: what the blocks are made of.
     Attributes: width, context_length, vocab_size. L may be shorter than context_length; longer
     raises ValueError.
     """
@@ -30,23 +36,41 @@ class TextTransformer(nn.Module):
         heads: int,
         mlp_ratio: float = 4.0,
         activation: str = "gelu",
+        causal: bool = True,
+        pooling: str = "eot",
+        eot_id: int | None = None,
+        pad_id: int | None = None,
+        block: BlockStyle | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"unknown pooling {pooling!r}: one of {sorted(POOLINGS)}")
+        style = block or BlockStyle()
         self.width = width
         self.context_length = context_length
         self.vocab_size = vocab_size
+        self.causal, self.pooling = causal, pooling
+        self.eot_id, self.pad_id = eot_id, pad_id
         self.token_embed = nn.Embedding(vocab_size, width)
-        nn.init.normal_(self.token_embed.weight, std=0.02)
-        self.position = nn.Parameter(torch.randn(context_length, width) * 0.01)
+        self.position = nn.Parameter(torch.empty(context_length, width))
+        self.initialise()
         self.transformer = Transformer(
             width=width,
             layers=layers,
             heads=heads,
             mlp_ratio=mlp_ratio,
             activation=activation,
-            causal=True,
+            causal=causal,
+            block=style,
+            activation_checkpointing=activation_checkpointing,
         )
-        self.ln_final = nn.LayerNorm(width)
+        self.ln_final = style.make_norm(width)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        nn.init.normal_(self.token_embed.weight, std=0.02)
+        self.position.normal_().mul_(0.01)
 
     def forward(self, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
         """tokens: (B, L) int64.
@@ -65,6 +89,36 @@ class TextTransformer(nn.Module):
         else:
             tokens = tokens.gather(1, kept)
             position = F.embedding(kept, self.position)
-        x = self.transformer(self.token_embed(tokens) + position)
+        words = None if self.pad_id is None else not_padding(tokens, self.pad_id)
+        # Under causal attention no word comes after padding, and a mask would only cost.
+        seen = None if self.causal else words
+        x = self.transformer(self.token_embed(tokens) + position, seen=seen)
+        if self.pooling == "mean":
+            return mean_of(self.ln_final(x), words)
+        return self.ln_final(self._pooled(x, tokens))
+
+    def _pooled(self, x: Tensor, tokens: Tensor) -> Tensor:
+        if self.pooling == "first":
+            return x[:, 0]
+        if self.pooling == "last":
+            return x[:, -1]
         row = torch.arange(len(tokens), device=tokens.device)
-        return self.ln_final(x[row, tokens.argmax(dim=1)])
+        ends = tokens if self.eot_id is None else (tokens == self.eot_id).int()
+        return x[row, ends.argmax(dim=1)]
+
+
+def not_padding(tokens: Tensor, pad_id: int) -> Tensor:
+    """(B, L) bool: true up to the last token that is not `pad_id`; the id may also be a word's."""
+    words = (tokens != pad_id).int()
+    return words.flip(1).cummax(dim=1).values.flip(1).bool()
+
+
+def mean_of(x: Tensor, words: Tensor | None) -> Tensor:
+    """(B, L, W) -> (B, W), the mean over the tokens where `words` (B, L) is true; None: over all.
+
+    A row without any word gives 0.
+    """
+    if words is None:
+        return x.mean(dim=1)
+    share = words.to(x.dtype).unsqueeze(-1)
+    return (x * share).sum(dim=1) / share.sum(dim=1).clamp(min=1)

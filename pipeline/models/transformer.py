@@ -1,56 +1,53 @@
-"""The pre-norm transformer both towers share (CLIP, arXiv:2103.00020, sec. 2.4).
+"""The transformer both towers share, and the choices inside its blocks.
 
-Letters: B samples, N tokens, H heads. Parameters are laid out so that export to open_clip and
-transformers is a renaming: `qkv` is the fused input projection, query, key and value stacked in
-this order.
+Letters: B samples, N tokens, W width. The default block is CLIP's pre-norm block (arXiv:2103.00020,
+sec. 2.4).
 """
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.models.attention import Attention, check_heads
+from pipeline.models.mlp import make_mlp
+from pipeline.models.norm import LayerScale, make_norm
 
 
-class QuickGelu(nn.Module):
-    """x * sigmoid(1.702 x): the GELU approximation OpenAI's CLIP weights were trained with."""
+@dataclass(frozen=True, kw_only=True)
+class BlockStyle:
+    """What a block is made of beside its sizes; a tower's own norms follow `norm` and `norm_eps`.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+    norm: "layer" or "rms". norm_place: "before" attention and MLP, or "after" them, inside the
+    residual (EVA-02-CLIP-E). qk_norm: queries and keys are normed, head by head. sub_norm: a norm
+    in front of the attention's and of the MLP's output projection. layer_scale: the first value of
+    learned gains on both branches; None for no gains. qkv_bias: "all", "query_value" (EVA) or
+    "none".
+    """
 
+    norm: str = "layer"
+    norm_eps: float = 1e-5
+    norm_place: str = "before"
+    qk_norm: bool = False
+    sub_norm: bool = False
+    layer_scale: float | None = None
+    qkv_bias: str = "all"
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGelu}
+    def __post_init__(self) -> None:
+        if self.norm_place not in BLOCKS:
+            raise ValueError(f"unknown norm_place {self.norm_place!r}: one of {sorted(BLOCKS)}")
 
+    def make_norm(self, width: int) -> nn.Module:
+        return make_norm(self.norm, width, self.norm_eps)
 
-class Attention(nn.Module):
-    """Multi-head self-attention by torch's fused kernel; causal: token i sees tokens 0..i."""
+    def norm_if(self, wanted: bool, width: int) -> nn.Module | None:
+        return self.make_norm(width) if wanted else None
 
-    def __init__(self, *, width: int, heads: int, causal: bool = False) -> None:
-        super().__init__()
-        if width % heads:
-            raise ValueError(
-                f"width {width} is not a multiple of heads {heads}: change one of them"
-            )
-        self.heads = heads
-        self.causal = causal
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    def __init__(self, *, width: int, hidden: int, activation: str) -> None:
-        super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r}: one of {sorted(ACTIVATIONS)}")
-        self.up = nn.Linear(width, hidden)
-        self.activation = ACTIVATIONS[activation]()
-        self.down = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+    def gain(self, width: int) -> nn.Module:
+        if self.layer_scale is None:
+            return nn.Identity()
+        return LayerScale(width=width, start=self.layer_scale)
 
 
 class Block(nn.Module):
@@ -64,23 +61,64 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         activation: str = "gelu",
         causal: bool = False,
+        style: BlockStyle,
     ) -> None:
         super().__init__()
-        self.norm_1 = nn.LayerNorm(width)
-        self.attention = Attention(width=width, heads=heads, causal=causal)
-        self.norm_2 = nn.LayerNorm(width)
-        self.mlp = Mlp(width=width, hidden=int(width * mlp_ratio), activation=activation)
+        check_heads(width, heads)
+        hidden = int(width * mlp_ratio)
+        self.norm_1 = style.make_norm(width)
+        self.attention = Attention(
+            width=width,
+            heads=heads,
+            causal=causal,
+            biases=style.qkv_bias,
+            norm_query=style.norm_if(style.qk_norm, width // heads),
+            norm_key=style.norm_if(style.qk_norm, width // heads),
+            norm_mixed=style.norm_if(style.sub_norm, width),
+        )
+        self.gain_1 = style.gain(width)
+        self.norm_2 = style.make_norm(width)
+        self.mlp = make_mlp(
+            width=width,
+            hidden=hidden,
+            activation=activation,
+            norm=style.norm_if(style.sub_norm, hidden),
+        )
+        self.gain_2 = style.gain(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm_1(x))
-        return x + self.mlp(self.norm_2(x))
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.gain_1(self.attention(self.norm_1(x), rotary, seen))
+        return x + self.gain_2(self.mlp(self.norm_2(x)))
+
+
+class PostNormBlock(Block):
+    """x + norm(attention(x)), then x + norm(mlp(x)): the stream itself is never normed."""
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.gain_1(self.norm_1(self.attention(x, rotary, seen)))
+        return x + self.gain_2(self.norm_2(self.mlp(x)))
+
+
+BLOCKS = {"before": Block, "after": PostNormBlock}
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, (B, N, width) -> (B, N, width), with no norm around it.
+    """A stack of blocks, (B, N, W) -> (B, N, W), with no norm around it.
 
     Initialised as CLIP does: layers that write into the residual stream are smaller by sqrt(2 *
     layers), so that the stream's variance does not grow with depth.
+    activation_checkpointing: backward recomputes each block from its input. Price: one more forward
+    of the blocks, for the memory of one block's activations instead of all.
     """
 
     def __init__(
@@ -92,30 +130,49 @@ class Transformer(nn.Module):
         mlp_ratio: float = 4.0,
         activation: str = "gelu",
         causal: bool = False,
+        block: BlockStyle | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.width = width
+        self.activation_checkpointing = activation_checkpointing
+        style = block or BlockStyle()
         self.blocks = nn.ModuleList(
-            Block(
-                width=width, heads=heads, mlp_ratio=mlp_ratio, activation=activation, causal=causal
+            BLOCKS[style.norm_place](
+                width=width,
+                heads=heads,
+                mlp_ratio=mlp_ratio,
+                activation=activation,
+                causal=causal,
+                style=style,
             )
             for _ in range(layers)
         )
-        self._initialise(width, layers)
+        self.initialise()
 
-    def _initialise(self, width: int, layers: int) -> None:
-        residual_std = width**-0.5 * (2 * layers) ** -0.5
+    def initialise(self) -> None:
+        width = self.width
+        residual_std = width**-0.5 * (2 * len(self.blocks)) ** -0.5
         for block in self.blocks:
-            linears = {
-                block.attention.qkv: width**-0.5,
-                block.attention.out: residual_std,
-                block.mlp.up: (2 * width) ** -0.5,
-                block.mlp.down: residual_std,
-            }
+            linears = {block.attention.qkv: width**-0.5, block.attention.out: residual_std}
+            linears |= dict.fromkeys(block.mlp.readers, (2 * width) ** (-0.5))
+            linears[block.mlp.down] = residual_std
             for linear, std in linears.items():
                 nn.init.normal_(linear.weight, std=std)
-                nn.init.zeros_(linear.bias)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        """rotary: cosines and sines of `position.Rotary`. seen: (B, N) bool, see Attention."""
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x)
+            if recompute:
+                x = checkpoint(block, x, rotary, seen, use_reentrant=False)
+            else:
+                x = block(x, rotary, seen)
         return x

@@ -25,18 +25,6 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(5, 3, 8, 8, generator=generator), tokens
 
 
-def test_vit_b_32_has_the_published_number_of_parameters() -> None:
-    with torch.device("meta"):
-        model = CLIP(
-            image=VisionTransformer(image_size=224, patch_size=32, width=768, layers=12, heads=12),
-            text=TextTransformer(
-                vocab_size=49408, context_length=77, width=512, layers=12, heads=8
-            ),
-            embed_dim=512,
-        )
-    assert sum(parameter.numel() for parameter in model.parameters()) == 151_277_313
-
-
 def test_embeddings_are_projected_and_of_unit_norm() -> None:
     model = tiny()
     images, tokens = batch()
@@ -103,3 +91,18 @@ def test_logit_scale_is_bounded_and_can_come_back(dtype: torch.dtype, maximum: f
 def test_scale_outside_its_bounds_is_refused() -> None:
     with pytest.raises(ValueError, match=r"init_logit_scale 200\.0"):
         tiny(init_logit_scale=200.0)
+
+
+def test_projections_by_name() -> None:
+    model = tiny(text_projection="biased")
+    torch.nn.init.normal_(model.text_projection.bias)
+    images, tokens = batch()
+    expected = torch.nn.functional.normalize(model.text_projection(model.text(tokens)), dim=1)
+    torch.testing.assert_close(model.encode_text(tokens), expected)
+    model = CLIP(image=model.image, text=model.text, embed_dim=16, image_projection="none")
+    expected = torch.nn.functional.normalize(model.image(images), dim=1)
+    torch.testing.assert_close(model.encode_image(images), expected)
+    with pytest.raises(ValueError, match=r"image_projection=none needs a tower of width 12"):
+        tiny(image_projection="none")
+    with pytest.raises(ValueError, match=r"text_projection 'mlp': one of"):
+        tiny(text_projection="mlp")

@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 
-from pipeline.models.transformer import Attention, QuickGelu, Transformer
+from pipeline.models.attention import Attention
+from pipeline.models.mlp import QuickGelu, make_mlp
+from pipeline.models.transformer import BlockStyle, Transformer
 
 
 def attention_by_hand(layer: Attention, x: torch.Tensor) -> torch.Tensor:
@@ -64,5 +66,51 @@ def test_quick_gelu() -> None:
 def test_what_cannot_be_built_says_why() -> None:
     with pytest.raises(ValueError, match="width 10 is not a multiple of heads 3"):
         Transformer(width=10, layers=1, heads=3)
-    with pytest.raises(ValueError, match=r"'relu'.*gelu.*quick_gelu"):
+    with pytest.raises(ValueError, match=r"'relu'.*gelu.*quick_gelu.*swiglu"):
         Transformer(width=8, layers=1, heads=2, activation="relu")
+    for option, message in (
+        ({"norm": "batch"}, r"norm 'batch': one of \['layer', 'rms'\]"),
+        ({"qkv_bias": "key"}, r"qkv_bias 'key': one of \['all', 'none', 'query_value'\]"),
+        ({"norm_place": "around"}, r"norm_place 'around': one of \['after', 'before'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Transformer(width=8, layers=1, heads=2, block=BlockStyle(**option))
+
+
+def test_rms_norm_is_its_formula() -> None:
+    norm = BlockStyle(norm="rms", norm_eps=1e-3).make_norm(6)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(4, 6)
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_a_gate_is_silu_of_one_layer_times_the_other() -> None:
+    mlp = make_mlp(width=6, hidden=10, activation="swiglu", norm=torch.nn.LayerNorm(10))
+    x = torch.randn(4, 6)
+    gate = mlp.gate(x)
+    expected = mlp.down(mlp.norm(gate * torch.sigmoid(gate) * mlp.up(x)))
+    torch.testing.assert_close(mlp(x), expected)
+
+
+def test_no_key_bias_is_a_key_bias_of_zero() -> None:
+    torch.manual_seed(0)
+    half = Attention(width=8, heads=2, biases="query_value")
+    torch.nn.init.normal_(half.qkv.bias)
+    whole = Attention(width=8, heads=2)
+    whole.load_state_dict(half.state_dict() | {"qkv.bias": torch.zeros(24)})
+    with torch.no_grad():
+        whole.qkv.bias[:8], whole.qkv.bias[16:] = half.qkv.bias.chunk(2)
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(half(x), whole(x))
+    assert sum(p.numel() for p in half.qkv.parameters()) == 8 * 24 + 16
+
+
+def test_hidden_tokens_are_not_looked_at() -> None:
+    torch.manual_seed(0)
+    layer = Attention(width=8, heads=2).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    seen = torch.tensor([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    expected = layer(x[:1, seen[0]])
+    torch.testing.assert_close(layer(x, seen=seen)[:1, seen[0]], expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer(x, seen=seen)[1:], layer(x[1:]), rtol=0, atol=1e-12)

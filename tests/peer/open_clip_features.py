@@ -1,6 +1,6 @@
 """Run by the peer interpreter: what open_clip makes of an exported directory.
 
-    python open_clip_features.py DIRECTORY INPUTS OUTPUTS
+    python open_clip_features.py DIRECTORY INPUTS OUTPUTS [DIRECTORY INPUTS OUTPUTS ...]
 
 INPUTS and OUTPUTS are files of torch.save: pixels, images (encoded), captions, token_ids in;
 embeddings and what open_clip's tokenizer and transform give out.
@@ -36,9 +36,11 @@ def main(directory: str, inputs: str, outputs: str) -> None:
                 given["token_ids"], normalize=True
             ),
             "logit_scale": model.logit_scale.exp(),
+            "logit_bias": model.logit_bias,
         }
     torch.save(found, outputs)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for start in range(1, len(sys.argv), 3):  # one process for several: its imports take seconds
+        main(*sys.argv[start : start + 3])

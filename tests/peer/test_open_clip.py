@@ -20,6 +20,7 @@ from pipeline.evals.trained import TrainedClip
 from pipeline.formats.open_clip import OpenClip
 from pipeline.models.clip import CLIP
 from pipeline.models.text import TextTransformer
+from pipeline.models.transformer import BlockStyle
 from pipeline.models.vit import VisionTransformer
 
 ROOT = Path(__file__).parents[2]
@@ -49,23 +50,30 @@ def pool_captions(count):
     return pq.read_table(shard, columns=["caption"])["caption"].to_pylist()[:count]
 
 
-def make(path, activation):
+def make(path, activation, *, image=None, text=None, **clip):
     """A small model with every parameter off its initial value, so that a mix-up shows."""
     torch.manual_seed(0)
     tokenizer = BpeTokenizer(path=path, context_length=14)
-    image = VisionTransformer(
-        image_size=24, patch_size=8, width=32, layers=3, heads=4, activation=activation
-    )
-    text = TextTransformer(
-        vocab_size=tokenizer.vocab_size,
-        context_length=14,
-        width=24,
-        layers=2,
-        heads=2,
-        mlp_ratio=2.7,
-        activation=activation,
-    )
-    model = CLIP(image=image, text=text, embed_dim=20)
+    towers = {
+        "image": VisionTransformer(
+            image_size=24,
+            patch_size=8,
+            width=32,
+            layers=3,
+            heads=4,
+            **{"activation": activation} | (image or {}),
+        ),
+        "text": TextTransformer(
+            vocab_size=tokenizer.vocab_size,
+            context_length=14,
+            width=24,
+            layers=2,
+            heads=2,
+            mlp_ratio=2.7,
+            **{"activation": activation} | (text or {}),
+        ),
+    }
+    model = CLIP(**towers, embed_dim=clip.pop("embed_dim", 20), **clip)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -84,18 +92,23 @@ def pictures():
     return images
 
 
-def in_open_clip(directory, inputs, folder):
-    torch.save(inputs, folder / "inputs.pt")
-    script = Path(__file__).with_name("open_clip_features.py")
+def in_open_clip(*jobs):
+    """What open_clip makes of each (exported directory, inputs, folder for files), in one
+    process.
+    """
+    arguments = []
+    for directory, inputs, folder in jobs:
+        torch.save(inputs, folder / "inputs.pt")
+        arguments += [directory, folder / "inputs.pt", folder / "outputs.pt"]
     done = subprocess.run(
-        [PYTHON, script, directory, folder / "inputs.pt", folder / "outputs.pt"],
+        [PYTHON, Path(__file__).with_name("open_clip_features.py"), *arguments],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return torch.load(folder / "outputs.pt", weights_only=True)
+    return [torch.load(folder / "outputs.pt", weights_only=True) for _, _, folder in jobs]
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
@@ -115,7 +128,7 @@ def test_open_clip_embeds_as_we_do(vocabulary, activation, tmp_path):
         "captions": captions,
         "token_ids": trained.tokenizer(captions),
     }
-    theirs = in_open_clip(tmp_path / "exported", inputs, tmp_path)
+    (theirs,) = in_open_clip((tmp_path / "exported", inputs, tmp_path))
 
     with torch.no_grad():
         image_embed = trained.model.encode_image(inputs["pixels"])
@@ -148,7 +161,69 @@ def test_our_clip_tokenizer_is_theirs(tmp_path):
         "captions": captions,
         "token_ids": trained.tokenizer(captions),
     }
-    theirs = in_open_clip(tmp_path / "exported", inputs, tmp_path)
+    (theirs,) = in_open_clip((tmp_path / "exported", inputs, tmp_path))
     assert theirs["tokenizer"] == "SimpleTokenizer"
     assert torch.equal(theirs["simple_token_ids"], tokenizer(captions))
     assert torch.equal(theirs["token_ids"], trained.tokenizer(captions))
+
+
+OPTIONS = {
+    "clipa": {
+        "image": {
+            "activation": "gelu_tanh",
+            "pooling": "mean",
+            "positions": "sincos_moco",
+            "ln_pre": False,
+            "patch_bias": True,
+            "block": BlockStyle(norm_eps=1e-3, qkv_bias="none"),
+        },
+        "text": {"activation": "gelu_tanh", "causal": False, "pooling": "last"},
+        "text_projection": "biased",
+        "init_logit_bias": -10.0,
+    },
+    "normed": {
+        "image": {
+            "pooling": "mean",
+            "norm_before_pooling": True,
+            "positions": "sincos",
+            "block": BlockStyle(sub_norm=True, qk_norm=True, layer_scale=0.3),
+        },
+        "text": {
+            "pooling": "first",
+            "causal": False,
+            "block": BlockStyle(sub_norm=True, norm_eps=1e-3, qkv_bias="query_value"),
+        },
+        "image_projection": "none",
+        "embed_dim": 32,
+    },
+    "eot_by_id": {"text": {"eot_id": 300}},
+}
+
+
+def test_options_that_open_clip_has_are_exported(tmp_path):
+    path = str(tmp_path / "bpe")
+    train_bpe(pool_captions(100), vocab_size=600, directory=path)
+    jobs, models = [], []
+    for name, options in OPTIONS.items():
+        trained = make(path, "gelu", **options)
+        (tmp_path / name).mkdir()
+        OpenClip().write(trained, tmp_path / name / "exported")
+        token_ids = trained.tokenizer(CAPTIONS)
+        token_ids[:, 7] = 300
+        inputs = {
+            "pixels": torch.randn(5, 3, 24, 24),
+            "images": pictures()[:1],
+            "captions": CAPTIONS,
+            "token_ids": token_ids,
+        }
+        jobs.append((tmp_path / name / "exported", inputs, tmp_path / name))
+        models.append(trained.model)
+    for (_, inputs, folder), model, theirs in zip(jobs, models, in_open_clip(*jobs), strict=True):
+        with torch.no_grad():
+            embeds = model(inputs["pixels"], inputs["token_ids"])
+        for name, ours in zip(("image_embed", "text_embed"), embeds, strict=True):
+            assert ours.std() > 0.05
+            difference = (theirs[name] - ours).abs().max()
+            assert difference < 1e-5, f"{folder.name}: {name} differs by {difference}"
+        if model.logit_bias is not None:
+            assert theirs["logit_bias"] == model.logit_bias.detach()

@@ -1,0 +1,147 @@
+"""First weights from checkpoints: a whole model, or each tower from its own (EVA-CLIP,
+arXiv:2303.15389, sec. 2).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pipeline.formats.checkpoint_file import load_weights
+from pipeline.formats.names import LAYOUTS, Layout
+from pipeline.models.clip import CLIP
+from pipeline.models.resize import resize_positions
+
+
+@dataclass
+class Report:
+    """taken: our names filled; new: our names left at their first values; resized: tables, rows
+    before and after; unused: their names that nothing was made of.
+    """
+
+    taken: set[str] = field(default_factory=set)
+    new: list[str] = field(default_factory=list)
+    resized: dict[str, tuple[int, int]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.taken)} weights from checkpoints, {len(self.new)} stay new"]
+        lines += [f"  new: {name}" for name in self.new]
+        lines += [f"  resized: {name}, {a} -> {b} rows" for name, (a, b) in self.resized.items()]
+        lines += [f"  unused: {name}" for name in self.unused]
+        return "\n".join(lines)
+
+
+class InitialWeights:
+    """Fills a freshly built model before training.
+
+    model: a checkpoint for everything (see checkpoint_file.load_weights for what it may be; whose
+    it is, is seen from its names). image, text: a checkpoint for that tower alone, after `model`;
+    of it only the tower is read: a projection belongs to the space it was trained into.
+    may_stay_new: regular expressions of our weights that checkpoints need not hold; may_be_unused:
+    of weights in them that are not wanted. Anything else left over is an error, as is another
+    shape. Position tables of another size are resized; lengthen: see models.resize.resize_rows.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str | None = None,
+        image: str | None = None,
+        text: str | None = None,
+        may_stay_new: Sequence[str] = (),
+        may_be_unused: Sequence[str] = (),
+        lengthen: str = "repeat",
+    ) -> None:
+        if model is None and image is None and text is None:
+            raise ValueError("initial weights come from somewhere: give model, image or text")
+        self.parts = {"": model, "image.": image, "text.": text}
+        self.may_stay_new, self.may_be_unused = may_stay_new, may_be_unused
+        self.lengthen = lengthen
+
+    def apply(self, model: CLIP) -> Report:
+        """Copy the weights into `model`. Raises ValueError for whatever does not fit, all of it at
+        once, and then leaves the model as it was.
+        """
+        report, found = Report(), {}
+        problems: list[str] = []
+        for part, path in self.parts.items():
+            if path is not None:
+                found |= self._part(model, part, path, report, problems)
+        wanted = [
+            name
+            for name in model.state_dict()
+            if any(path is not None and name.startswith(part) for part, path in self.parts.items())
+        ]
+        report.taken = set(found)
+        report.new = [name for name in model.state_dict() if name not in found]
+        missing = [name for name in wanted if name not in found]
+        problems += [f"{name}: in no checkpoint" for name in _unlisted(missing, self.may_stay_new)]
+        if problems:
+            raise ValueError(
+                f"{len(problems)} weights do not fit (may_stay_new and may_be_unused take regular "
+                "expressions of those that need not):\n"
+                + "\n".join(f"  {line}" for line in problems)
+            )
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                if name in found:
+                    tensor.copy_(found[name])
+        return report
+
+    def _part(
+        self, model: CLIP, part: str, path: str, report: Report, problems: list[str]
+    ) -> dict[str, Tensor]:
+        theirs = load_weights(path)
+        layout = layout_of(theirs, path)
+        ours, used = {}, set()
+        for name in (name for name in model.state_dict() if name.startswith(part)):
+            tensor, names = layout.read(theirs, name)
+            if tensor is not None:
+                ours[name], used = tensor, used | names
+        own = model.state_dict()
+        ours = {name: _as_ours(tensor, own[name], name) for name, tensor in ours.items()}
+        try:
+            ours, resized = resize_positions(ours, model, lengthen=self.lengthen)
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+            return ours
+        report.resized |= resized
+        problems += [
+            f"{path}: {name} is {tuple(tensor.shape)}, here {tuple(own[name].shape)}"
+            for name, tensor in ours.items()
+            if tensor.shape != own[name].shape
+        ]
+        begins = {"": "", "image.": layout.image_part, "text.": layout.text_part}[part]
+        left = [
+            name
+            for name in theirs
+            if name not in used and re.match(begins, name) and not re.search(layout.others, name)
+        ]
+        report.unused += left
+        problems += [f"{path}: {name} unused" for name in _unlisted(left, self.may_be_unused)]
+        return ours
+
+
+def layout_of(theirs: Mapping[str, Tensor], path: str) -> Layout:
+    """Whose names these are. Raises ValueError for nobody's we know."""
+    for layout in LAYOUTS:
+        if layout.mark in theirs:
+            return layout
+    raise ValueError(
+        f"{path} holds no CLIP in the layout of ours, open_clip (also OpenAI's; timm towers) or "
+        f"transformers; its names begin with {sorted(theirs)[:3]}"
+    )
+
+
+def _as_ours(tensor: Tensor, own: Tensor, name: str) -> Tensor:
+    """Without dimensions of size 1 that the other side has or lacks."""
+    if name.endswith(".position"):
+        return tensor.flatten(0, -2)  # the number of rows may differ
+    return tensor.reshape(own.shape) if tensor.squeeze().shape == own.squeeze().shape else tensor
+
+
+def _unlisted(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    return [name for name in names if not any(re.search(p, name) for p in patterns)]

@@ -1,0 +1,221 @@
+"""Checkpoints as first weights. Those of open_clip and timm: tests/peer/test_weights_in.py."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPModel
+
+from pipeline.formats.checkpoint_file import load_weights
+from pipeline.formats.initial import InitialWeights
+from pipeline.formats.names import OPEN_CLIP
+from pipeline.models.clip import CLIP
+from pipeline.models.text import TextTransformer
+from pipeline.models.vit import VisionTransformer
+
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+
+
+def ours(*, image_size=24, context_length=14, layers=2, seed=0, **clip):
+    torch.manual_seed(seed)
+    sizes = {"width": 32, "layers": layers, "heads": 4, "mlp_ratio": 2.0}
+    model = CLIP(
+        image=VisionTransformer(
+            image_size=image_size, patch_size=8, activation="quick_gelu", **sizes
+        ),
+        text=TextTransformer(
+            vocab_size=300, context_length=context_length, activation="quick_gelu", **sizes
+        ),
+        embed_dim=20,
+        **clip,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def batch(image_size=24):
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, 299, (4, 14), generator=generator)
+    tokens[:, 9:] = 299
+    return torch.randn(4, 3, image_size, image_size, generator=generator), tokens
+
+
+def saved(model, path):
+    """In our checkpoints' layout, as the trainer leaves them."""
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": weights | {"objective.b": torch.ones(1)}}, path)
+    return str(path)
+
+
+@pytest.fixture
+def clip_model(tmp_path):
+    """(directory, a random CLIPModel)."""
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        vision_config={**TOWER, "num_hidden_layers": 2, "image_size": 24, "patch_size": 8},
+        text_config={
+            **TOWER,
+            "num_hidden_layers": 2,
+            "vocab_size": 300,
+            "max_position_embeddings": 14,
+            "eos_token_id": 299,
+        },
+        projection_dim=20,
+    )
+    model = CLIPModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path)
+    return str(tmp_path), model
+
+
+def test_a_clip_model_of_transformers_embeds_as_it_did(clip_model):
+    path, theirs = clip_model
+    model, (pixels, tokens) = ours(seed=5), batch()
+    report = InitialWeights(model=path).apply(model)
+    assert report.new == [] and report.unused == []
+    with torch.no_grad():
+        found = model(pixels, tokens)
+        expected = (
+            theirs.get_image_features(pixels).pooler_output,
+            theirs.get_text_features(tokens).pooler_output,
+        )
+    for one, other in zip(found, expected, strict=True):
+        assert one.std() > 0.05
+        other = torch.nn.functional.normalize(other, dim=-1)
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.log_logit_scale, theirs.logit_scale)
+
+
+def test_each_tower_from_its_own_checkpoint(clip_model, tmp_path):
+    """As EVA-CLIP starts: projections and scale stay new."""
+    path, theirs = clip_model
+    source = ours(seed=3)
+    text = saved(source, tmp_path / "text.ckpt")
+    model, before = ours(seed=5), ours(seed=5)
+    report = InitialWeights(image=path, text=text).apply(model)
+    assert report.new == ["log_logit_scale", "image_projection.weight", "text_projection.weight"]
+    pixels, tokens = batch()
+    with torch.no_grad():
+        expected = theirs.vision_model(pixels).pooler_output
+        torch.testing.assert_close(model.image(pixels), expected, atol=1e-4, rtol=1e-4)
+        assert torch.equal(model.text(tokens), source.text(tokens))
+    for name in report.new:
+        assert torch.equal(model.state_dict()[name], before.state_dict()[name])
+
+
+def as_safetensors(weights, path):
+    save_file(weights, path)
+
+
+def as_training_checkpoint(weights, path):
+    weights = {f"module.{name}": tensor for name, tensor in weights.items()}
+    torch.save({"epoch": 1, "optimizer": {"state": {}}, "state_dict": weights}, path)
+
+
+def as_torchscript(weights, path):
+    """OpenAI's way; three numbers are no weights."""
+    module = torch.nn.Module()
+    for name, tensor in weights.items():
+        *parents, last = name.split(".")
+        here = module
+        for parent in parents:
+            if not hasattr(here, parent):
+                here.add_module(parent, torch.nn.Module())
+            here = getattr(here, parent)
+        here.register_buffer(last, tensor)
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        module.register_buffer(name, torch.tensor(7))
+    torch.jit.script(module).save(str(path))
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (as_safetensors, "x.safetensors"),
+        (as_training_checkpoint, "x.pt"),
+        (as_torchscript, "y.pt"),
+    ],
+)
+def test_open_clips_names_in_any_file(write, name, tmp_path):
+    source, model = ours(seed=3, init_logit_bias=-4.0), ours(seed=5, init_logit_bias=0.0)
+    weights = OPEN_CLIP.write(source.state_dict())
+    weights["text_projection"] = weights.pop("text_projection.weight").T
+    write({n: t.contiguous() for n, t in weights.items()}, tmp_path / name)
+    report = InitialWeights(model=str(tmp_path / name)).apply(model)
+    assert report.new == [] and report.unused == []
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_tables_of_another_size_are_resized_and_said(tmp_path):
+    source = ours(seed=3)
+    model = ours(image_size=40, context_length=9, seed=5)
+    report = InitialWeights(model=saved(source, tmp_path / "x.ckpt")).apply(model)
+    assert report.resized == {"image.position": (10, 26), "text.position": (14, 9)}
+    assert "resized: image.position, 10 -> 26 rows" in str(report)
+    assert torch.equal(model.text.position, source.text.position[:9])
+
+
+def test_a_run_directory_is_a_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    source, model = ours(seed=3), ours(seed=5)
+    saved(source, tmp_path / "checkpoints" / "step-7.ckpt")
+    assert "7 weights" not in str(InitialWeights(model=str(tmp_path)).apply(model))
+    assert torch.equal(model.image.position, source.image.position)
+
+
+def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path):
+    path = saved(ours(seed=3), tmp_path / "x.ckpt")
+    shallow, before = ours(layers=1, seed=5), ours(layers=1, seed=5)
+    with pytest.raises(ValueError, match=r"image\.transformer\.blocks\.1\.norm_1\.weight unused"):
+        InitialWeights(model=path).apply(shallow)
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(shallow.state_dict()[name], tensor)
+    InitialWeights(model=path, may_be_unused=[r"blocks\.1\."]).apply(shallow)
+
+    deep = ours(layers=3)
+    with pytest.raises(ValueError, match=r"text\.transformer\.blocks\.2\..*: in no checkpoint"):
+        InitialWeights(model=path).apply(deep)
+    report = InitialWeights(model=path, may_stay_new=[r"blocks\.2\."]).apply(deep)
+    assert len(report.new) == 24
+
+    biased = ours(init_logit_bias=-10.0)
+    with pytest.raises(ValueError, match="logit_bias: in no checkpoint"):
+        InitialWeights(model=path).apply(biased)
+
+    torch.manual_seed(0)
+    wide = CLIP(image=ours().image, text=ours().text, embed_dim=24)
+    with pytest.raises(ValueError, match=r"image_projection.weight is \(20, 32\), here \(24, 32\)"):
+        InitialWeights(model=path).apply(wide)
+
+
+def test_files_that_are_no_checkpoint_say_so(tmp_path):
+    with pytest.raises(ValueError, match="give model, image or text"):
+        InitialWeights()
+    with pytest.raises(ValueError, match="is missing"):
+        load_weights(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds none of open_clip_model"):
+        load_weights(tmp_path)
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(ValueError, match="no readable|not a readable file"):
+        load_weights(tmp_path / "text.pt")
+    torch.save({"resnet.weight": torch.ones(3)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"holds no CLIP in the layout.*resnet\.weight"):
+        InitialWeights(model=str(tmp_path / "other.pt")).apply(ours())
+
+
+class Payload:
+    """What a pickle would do when it is read."""
+
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_nothing_in_a_file_is_executed(tmp_path, capsys):
+    torch.save({"state_dict": {"image.patch_embed.weight": Payload()}}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="not a readable file"):
+        load_weights(tmp_path / "x.pt")
+    assert capsys.readouterr().out == ""
