@@ -58,6 +58,7 @@ class TrainConfig:
     tokenizer: Any = MISSING
     transform: Any = MISSING
     model: Any = MISSING
+    init: Any = None  # where the first weights come from; null: from the seed
     image_tokens: Any = None  # token policy of the image tower, off in evaluation
     text_tokens: Any = None  # token policy of the text tower, off in evaluation
     loss: dict[str, Any] = field(default_factory=dict)  # terms by name

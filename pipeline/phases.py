@@ -21,6 +21,7 @@ FIXED = (  # what belongs to the run as a whole
     "runs_dir",
     "seed",
     "phases",
+    "init",
     "trainer",
     "tracking",
     "keep_checkpoints",

@@ -3,6 +3,7 @@ maths.
 """
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -17,9 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.data.images import ImageTransform
 from pipeline.losses.objective import Objective
+from pipeline.models.resize import resize_positions
 from pipeline.phases import Phase
 from pipeline.trainer.cached_step import CachedContrastiveStep
 from pipeline.trainer.phases import carried_state
+
+log = logging.getLogger(__name__)
 
 
 class TokenPolicy(Protocol):
@@ -107,6 +111,12 @@ class ContrastiveModule(pl.LightningModule):
         """A checkpoint of the phase before is made to fit this one."""
         if checkpoint.get("phase", "") == self.phase.name:
             return
+        weights = checkpoint["state_dict"]
+        ours = {name.removeprefix("model."): w for name, w in weights.items()}
+        resized, changes = resize_positions(ours, self.model)
+        weights |= {name: resized[name.removeprefix("model.")] for name in weights}
+        for name, (before, after) in changes.items():
+            log.info("phase %s: %s resized, %d -> %d rows", self.phase.name, name, before, after)
         saved, checkpoint["optimizer_states"] = checkpoint["optimizer_states"], []
         if self.optimizer_state == "keep":
             fresh = self.configure_optimizers()

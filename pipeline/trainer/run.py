@@ -35,6 +35,7 @@ OPERATIONAL = (
     "checkpoint_every_steps",
     "keep_checkpoints",
     "recipe_info",
+    "init",  # read once, before the first step
     "runs_dir",
     "trainer",
     "tracking",
@@ -111,11 +112,15 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
             names[name].requires_grad_(False)
 
 
-def make_module(phase: Phase) -> ContrastiveModule:
-    """The model, objective and optimizer of a phase. Weights are a function of `seed`."""
+def make_module(phase: Phase, *, fresh: bool) -> ContrastiveModule:
+    """The model, objective and optimizer of a phase. Weights are a function of `seed`, and, where a
+    fresh run has an `init`, of what that reads.
+    """
     cfg = phase.config
     pl.seed_everything(cfg.seed, verbose=False)
     model = build(cfg.model)
+    if fresh and cfg.init:
+        log.info("init: %s", build(cfg.init).apply(model))
     freeze(model, cfg.frozen)
     return ContrastiveModule(
         model=model,
@@ -212,7 +217,10 @@ def derived_table(title: str, columns: Mapping[str, Mapping[str, str]]) -> Table
 def train_phase(phase: Phase, directory: Path, logger: list[Logger], newest: Path | None) -> None:
     """Train one phase to its end, from a checkpoint of it or of the phase before."""
     cfg = phase.config
-    module, trainer = make_module(phase), make_trainer(phase, directory, logger)
+    module, trainer = (
+        make_module(phase, fresh=newest is None),
+        make_trainer(phase, directory, logger),
+    )
     data = build(cfg.data).for_run(
         transform=module.transform, tokenizer=build(cfg.tokenizer), phase=phase, seed=cfg.seed
     )

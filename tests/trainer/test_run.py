@@ -6,81 +6,27 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline.data.tokenizer import train_bpe
-from pipeline.shards import Record, content_uid, write_manifest, write_shard
 from pipeline.tracking.metrics import MetricsFile, read_metrics
 from pipeline.trainer.checkpoints import AtomicCheckpointIO, find_newest
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory, make_picture):
-    folder = tmp_path_factory.mktemp("data")
-    made = []
-    for number in range(80):
-        image, caption = make_picture(number), f"thing number {number}"
-        uid = content_uid(image, caption)
-        made.append(Record(uid, image, "png", caption, {"uid": uid}))
-    entry = write_shard(folder / "shards", "shard-000000", made)
-    step = {"name": "ingest", "read": 80, "kept": 80, "dropped": {}}
-    write_manifest(folder / "shards", {"num_samples": 80, "shards": [entry], "steps": [step]})
-    train_bpe((r.caption for r in made), vocab_size=600, directory=folder / "tokenizer")
-    return folder
-
-
-def command(data, runs, name, *overrides):
-    return [
-        sys.executable,
-        "-m",
-        "pipeline.train",
-        "recipe=emoji",
-        "debug=tiny",
-        f"name={name}",
-        f"runs_dir={runs}",
-        f"data.shards={data}/shards",
-        f"tokenizer.path={data}/tokenizer",
-        "model.text.vocab_size=600",
-        *overrides,
-    ]
-
-
-def environment(threads=1):
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "WANDB_MODE": "offline"}
-
-
-def train(data, runs, name, *overrides, code=0):
-    done = subprocess.run(
-        command(data, runs, name, *overrides),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code, done.stderr
-    return done
 
 
 def losses(run):
     return [(row["step"], row["train/loss"]) for row in read_metrics(run)]
 
 
-def test_killed_training_resumes_bit_identically(data, tmp_path):
+def test_killed_training_resumes_bit_identically(root, data, tmp_path, train, command, environment):
     train(data, tmp_path, "whole", "micro_batch_size=12")
     whole = losses(tmp_path / "whole")
     assert [step for step, _ in whole] == list(range(1, 21))
 
     started = subprocess.Popen(
         command(data, tmp_path, "killed", "micro_batch_size=12"),
-        cwd=ROOT,
+        cwd=root,
         env=environment(),
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -107,7 +53,7 @@ def test_killed_training_resumes_bit_identically(data, tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_two_processes_train_as_one(data, tmp_path):
+def test_two_processes_train_as_one(data, tmp_path, train):
     train(data, tmp_path, "one", "samples_seen=192")
     train(data, tmp_path, "two", "samples_seen=192", "trainer.devices=2", "micro_batch_size=7")
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -116,7 +62,7 @@ def test_two_processes_train_as_one(data, tmp_path):
         assert abs(a - b) < 2e-5
 
 
-def test_a_name_is_one_run(data, tmp_path):
+def test_a_name_is_one_run(data, tmp_path, train):
     train(data, tmp_path, "a", "samples_seen=96")
     done = train(data, tmp_path, "a", "samples_seen=96", "optimizer.lr=0.5", "seed=3", code=2)
     assert "optimizer.lr: was 0.001, now 0.5" in done.stderr and "seed: was 0, now 3" in done.stderr
@@ -135,7 +81,7 @@ def test_a_name_is_one_run(data, tmp_path):
         (["global_batch_size=128", "samples_seen=512"], "80 pairs, fewer than one batch of 128"),
     ],
 )
-def test_mistakes_end_with_a_message(data, tmp_path, overrides, words):
+def test_mistakes_end_with_a_message(data, tmp_path, overrides, words, train):
     done = train(data, tmp_path, "bad", *overrides, code=1 if words in ("emoji", "lrr") else 2)
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -165,7 +111,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_the_resolved_config_is_left_beside_the_metrics(data, tmp_path):
+def test_the_resolved_config_is_left_beside_the_metrics(data, tmp_path, train):
     train(data, tmp_path, "a", "samples_seen=96")
     config = (tmp_path / "a" / "config.yaml").read_text()
     assert "context_length: 16" in config and "${" not in config
