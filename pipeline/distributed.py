@@ -1,10 +1,10 @@
-"""What a process knows about its peers, and the one collective that gradients flow through.
+"""What a process knows about its peers, a gather that gradients flow through, and a ring.
 
 Every function is right without a process group: one process is a world of size 1.
 Letters: B local rows, G = B * world size global rows, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,57 @@ class Peers:
     def gather(self, rows: Tensor) -> Tensor:
         """(B, D) -> (G, D): see `all_gather_with_grad`."""
         return rows if self.size == 1 else _AllGather.apply(rows)
+
+    def ring(self, *block: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """(owner, block) of every rank, the own one first: each block moves one rank on a step.
+
+        block: contiguous tensors, the same shapes and dtypes on every rank, left unchanged until
+        the iteration ends. No gradient. While the caller works on a block the next one arrives, so
+        that three are alive at most. Every rank must iterate to the end, or the others wait.
+        """
+        for step in range(self.size):
+            moving = _Moving(self, block) if step < self.size - 1 else None
+            yield (self.rank - step) % self.size, block
+            if moving is not None:
+                block = moving.arrived()
+
+    def carry(
+        self,
+        block: Sequence[Tensor],
+        visit: Callable[..., Tensor],
+        merge: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Take `block` past every rank and return what all of them had to add to it.
+
+        visit(owner, *block) -> this rank's part for that owner's block.  merge(a, b): joins two
+        parts, in ring order.  As in `ring` for the rest: blocks and parts travel while the next
+        block is visited; only the last part's way home is waited for.
+        """
+        moving, part = None, None
+        for owner, tensors in self.ring(*block):
+            part = visit(owner, *tensors)
+            if moving is not None:
+                part = merge(*moving.arrived(), part)
+            if self.size > 1:
+                moving = _Moving(self, (part,))
+        return part if moving is None else moving.arrived()[0]
+
+
+class _Moving:
+    """Tensors on their way to the next rank, while the previous one's arrive."""
+
+    def __init__(self, peers: Peers, tensors: Sequence[Tensor]) -> None:
+        self.sent = tuple(tensors)  # alive until they have left
+        self.received = tuple(torch.empty_like(tensor) for tensor in tensors)
+        after, before = (peers.rank + 1) % peers.size, (peers.rank - 1) % peers.size
+        sends = [dist.P2POp(dist.isend, tensor, after) for tensor in self.sent]
+        receives = [dist.P2POp(dist.irecv, tensor, before) for tensor in self.received]
+        self.work = dist.batch_isend_irecv([*sends, *receives])
+
+    def arrived(self) -> tuple[Tensor, ...]:
+        for work in self.work:
+            work.wait()
+        return self.received
 
 
 def peers() -> Peers:

@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from pipeline.losses.features import PairFeatures
 
 
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Raises ValueError outside [0, 1)."""
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing {label_smoothing} is outside [0, 1)")
+
+
 class SoftmaxLoss(nn.Module):
     """Each local image against all G texts and each local text against all G images, halved.
 
@@ -19,14 +25,13 @@ class SoftmaxLoss(nn.Module):
     7): 1 - e + e/G on the own pair, e/G elsewhere. Where captions repeat, some of a batch's
     negatives are none; a little smoothing stops the model from insisting on them. CLIP has 0.
     Price: two B x G logit matrices and their softmax per rank (one matrix if this rank holds all
-    pairs).
+    pairs), kept for the backward; `TiledSoftmaxLoss` keeps none.
     Raises ValueError unless 0 <= label_smoothing < 1.
     """
 
     def __init__(self, *, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing {label_smoothing} is outside [0, 1)")
+        check_label_smoothing(label_smoothing)
         self.label_smoothing = label_smoothing
 
     def forward(self, features: PairFeatures) -> Tensor:
