@@ -32,7 +32,9 @@ def weights_of(index: int) -> torch.Tensor:
 
 
 def visits(index: int) -> dict[str, list | torch.Tensor]:
-    """What comes around the ring, and what comes home: a number with two digits a visit."""
+    """What comes around the ring, and what comes home: a number with two digits a visit,
+    and a half more for a wrong owner.
+    """
     ring = [
         (owner, rows.clone(), number.clone())
         for owner, (rows, number) in peers().ring(rows_of(index), torch.tensor([index]))

@@ -6,15 +6,22 @@ from functools import partial
 import numpy as np
 import torch
 from case import Case, difference, unequal
+from torch import nn
 
 from pipeline.losses.features import PairFeatures
+from pipeline.losses.sigmoid import SigmoidLoss
 from pipeline.losses.softmax import SoftmaxLoss
+from pipeline.losses.tiled_sigmoid import TiledSigmoidLoss
+from pipeline.losses.tiled_softmax import TiledSoftmaxLoss
 from pipeline.optim.schedules import WarmupCosine
 from pipeline.tokens.random import RandomTokens
 
 
 def losses(content: dict, arrays: dict) -> Iterator[Case]:
-    measures = {"clip_infonce": _softmax_loss}
+    measures = {
+        "clip_infonce": partial(_contrastive, (SoftmaxLoss(), TiledSoftmaxLoss(tile=5))),
+        "siglip": partial(_contrastive, (SigmoidLoss(), TiledSigmoidLoss(tile=5))),
+    }
     for loss, cases in content.items():
         for name, case in cases.items():
             key = f"{loss}/{name}"
@@ -25,23 +32,34 @@ def losses(content: dict, arrays: dict) -> Iterator[Case]:
             yield Case(key, measure, 1e-9)
 
 
-def _softmax_loss(case: dict, arrays: dict) -> float:
+def _contrastive(terms: tuple[nn.Module, ...], case: dict, arrays: dict) -> float:
+    """The farther of the dense and the tiled loss."""
+    return max(_contrastive_of(term, case, arrays) for term in terms)
+
+
+def _contrastive_of(term: nn.Module, case: dict, arrays: dict) -> float:
     image, text = (torch.tensor(arrays[f"in/{n}"], requires_grad=True) for n in ("image", "text"))
-    log_scale = torch.tensor(case["scalars"]["log_scale"], dtype=torch.float64, requires_grad=True)
+    # A softmax case without a bias names none; with one, it changes nothing and its gradient is 0.
+    log_scale, bias = (
+        torch.tensor(case["scalars"].get(n, 0.0), dtype=torch.float64, requires_grad=True)
+        for n in ("log_scale", "bias")
+    )
     features = PairFeatures(
         image_embed=image,
         text_embed=text,
         logit_scale=log_scale.exp(),
+        logit_bias=bias,
     )
-    loss = SoftmaxLoss()(features)
-    loss.backward()
-    # a bias on all logits changes neither loss nor gradients: we have none, so its gradient is 0
-    gradients = {"log_scale": log_scale.grad.item(), "bias": 0.0}
+    loss = term(features)
+    image_grad, text_grad, *scalar_grads = torch.autograd.grad(
+        loss, [image, text, log_scale, bias], materialize_grads=True
+    )
+    gradients = dict(zip(("log_scale", "bias"), scalar_grads, strict=True))
     return max(
         difference(loss.item(), case["loss"]),
-        difference(image.grad.numpy(), arrays["grad/image"]),
-        difference(text.grad.numpy(), arrays["grad/text"]),
-        *(difference(gradients[name], value) for name, value in case["grad_scalars"].items()),
+        difference(image_grad.numpy(), arrays["grad/image"]),
+        difference(text_grad.numpy(), arrays["grad/text"]),
+        *(difference(gradients[n].item(), value) for n, value in case["grad_scalars"].items()),
     )
 
 

@@ -26,7 +26,7 @@ def check(folder, only, cwd):
     [
         "metaclip_match,metaclip_balance,clipcov_select",
         "semdedup",
-        "losses:clip_infonce",
+        "losses:clip_infonce,losses:siglip",
         "token_masks:flip_random_mask",
     ],
 )

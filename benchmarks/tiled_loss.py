@@ -1,0 +1,228 @@
+"""Tiled losses beside the dense ones, ours and open_clip's, and beside Inf-CL on a GPU.
+
+    OMP_NUM_THREADS=1 .venv-peer/bin/python -m benchmarks.tiled_loss
+
+runs in the environment of `make peer`, all in one process and in turn, and writes
+benchmarks/results/tiled_loss.md. On a CPU times are CPU seconds of one thread; with a CUDA device,
+milliseconds of the device, and Inf-CL (`pip install --no-deps inf-cl`) takes part.
+`python -m benchmarks.tiled_loss peak NAME` is one process that measures its peak memory.
+"""
+
+import importlib.util
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss, SigLipLoss
+from torch import Tensor
+
+from pipeline.losses.features import PairFeatures
+from pipeline.losses.sigmoid import SigmoidLoss
+from pipeline.losses.softmax import SoftmaxLoss
+from pipeline.losses.tiled_sigmoid import TiledSigmoidLoss
+from pipeline.losses.tiled_softmax import TiledSoftmaxLoss
+
+RESULT = Path(__file__).parent / "results" / "tiled_loss.md"
+WIDTH = 512
+SAVED_PAIRS = 32_768
+PEAK_PAIRS = 8_192
+ROUNDS = 3
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def of_features(term: torch.nn.Module) -> Loss:
+    return lambda image, text, scale, bias: term(
+        PairFeatures(image_embed=image, text_embed=text, logit_scale=scale, logit_bias=bias)
+    )
+
+
+def inf_cl(image: Tensor, text: Tensor, scale: Tensor, _: Tensor) -> Tensor:
+    """Both directions, as a CLIP loss needs them."""
+    from inf_cl import cal_flash_loss
+
+    return (
+        cal_flash_loss(image, text, scale=scale).mean()
+        + cal_flash_loss(text, image, scale=scale).mean()
+    ) / 2
+
+
+# family -> name -> loss; the first is what ratios refer to
+FAMILIES: dict[str, dict[str, Loss]] = {
+    "softmax": {
+        "ours, tiled": of_features(TiledSoftmaxLoss()),
+        "ours, dense": of_features(SoftmaxLoss()),
+        "open_clip ClipLoss": lambda image, text, scale, _: ClipLoss()(image, text, scale),
+    },
+    "sigmoid": {
+        "ours, tiled": of_features(TiledSigmoidLoss()),
+        "ours, dense": of_features(SigmoidLoss()),
+        "open_clip SigLipLoss": lambda *inputs: SigLipLoss()(*inputs),
+        "open_clip SigLipLoss, chunk_size=1024": lambda *inputs: SigLipLoss(chunk_size=1024)(
+            *inputs
+        ),
+    },
+}
+
+
+def inputs_of(pairs: int, device: str) -> list[Tensor]:
+    """Unit-norm features, a scale of 50, a bias of -10, as leaves."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [F.normalize(torch.randn(pairs, WIDTH, generator=generator), dim=-1) for _ in range(2)]
+    values = [*rows, torch.tensor(50.0), torch.tensor(-10.0)]
+    return [value.to(device).requires_grad_() for value in values]
+
+
+def step(loss: Loss, inputs: list[Tensor]) -> list[Tensor]:
+    value = loss(*inputs)
+    return [value.detach(), *torch.autograd.grad(value, inputs, materialize_grads=True)]
+
+
+def cpu_seconds(loss: Loss, inputs: list[Tensor]) -> float:
+    start = time.process_time()
+    step(loss, inputs)
+    return time.process_time() - start
+
+
+def saved_mebibytes(loss: Loss) -> float:
+    """What autograd keeps for the backward, each storage once; on the meta device."""
+    inputs = [
+        torch.empty(shape, device="meta", requires_grad=True)
+        for shape in [(SAVED_PAIRS, WIDTH)] * 2 + [()] * 2
+    ]
+    held = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss(*inputs)
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}
+    return sum(storages.values()) / 2**20
+
+
+def print_peak(family: str, name: str) -> None:
+    """Peak resident memory of forward and backward beyond what the inputs and torch take."""
+    inputs = inputs_of(PEAK_PAIRS, "cpu")
+    step(FAMILIES[family][name], [x[:64] if x.ndim else x for x in inputs])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(FAMILIES[family][name], inputs)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def peak_mebibytes(family: str, name: str) -> float:
+    command = [sys.executable, "-m", "benchmarks.tiled_loss", "peak", json.dumps([family, name])]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def cpu_tables() -> list[str]:
+    lines = []
+    for family, losses in FAMILIES.items():
+        lines += [f"## {family}, CPU", "", "CPU seconds of forward and backward, and their ratio "]
+        lines[-1] += "to the tiled loss.\n"
+        lines += ["| pairs | " + " | ".join(losses) + " |", "|---" * (len(losses) + 1) + "|"]
+        for pairs in (2048, 4096, 8192):
+            inputs = inputs_of(pairs, "cpu")
+            results = [step(loss, inputs) for loss in losses.values()]
+            for result in results[1:]:
+                for ours, theirs in zip(results[0], result, strict=True):
+                    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-4)
+            rounds = [
+                [cpu_seconds(loss, inputs) for loss in losses.values()] for _ in range(ROUNDS)
+            ]
+            best = [min(times) for times in zip(*rounds, strict=True)]
+            cells = [f"{seconds:.2f} ({seconds / best[0]:.2f})" for seconds in best]
+            lines.append(f"| {pairs:,} | " + " | ".join(cells) + " |")
+        lines += ["", f"| | saved for the backward, MiB (B = {SAVED_PAIRS:,}) | ratio | "]
+        lines[-1] += f"peak memory beyond the inputs, MiB (B = {PEAK_PAIRS:,}) |"
+        lines.append("|---|---|---|---|")
+        saved = {name: saved_mebibytes(loss) for name, loss in losses.items()}
+        for name, size in saved.items():
+            ratio = size / saved["ours, tiled"]
+            peak = peak_mebibytes(family, name)
+            lines.append(f"| {name} | {size:,.1f} | {ratio:.0f} | {peak:,.0f} |")
+        lines.append("")
+    return lines
+
+
+def gpu_row(loss: Loss, pairs: int) -> str:
+    """Milliseconds, best of rounds, and peak GiB beyond the inputs; or what stopped it."""
+    inputs = inputs_of(pairs, "cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        times = []
+        for _ in range(ROUNDS + 1):  # the first one compiles
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            step(loss, inputs)
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end))
+    except torch.cuda.OutOfMemoryError:
+        return "out of memory"
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return f"{min(times[1:]):.1f} ms, {peak:.2f} GiB"
+
+
+def gpu_tables() -> list[str]:
+    torch.set_float32_matmul_precision("high")
+    lines = [f"## GPU: {torch.cuda.get_device_name()}", ""]
+    lines += ["float32 features, TensorFloat-32 products in all. Forward and backward.", ""]
+    for family, losses in FAMILIES.items():
+        term = {"softmax": TiledSoftmaxLoss, "sigmoid": TiledSigmoidLoss}[family]
+        rows = {
+            "ours, tiled, triton": of_features(term(backend="triton")),
+            "ours, tiled, torch": of_features(term(backend="torch")),
+            **dict(list(losses.items())[1:]),
+        }
+        if family == "softmax" and importlib.util.find_spec("inf_cl"):
+            rows["Inf-CL, both directions"] = inf_cl
+        lines += ["| " + family + " | B = 16,384 | B = 65,536 | B = 262,144 |", "|---|---|---|---|"]
+        for name, loss in rows.items():
+            # The dense losses would need hundreds of GiB.
+            cells = [
+                gpu_row(loss, pairs) if pairs < 100_000 or "dense" not in name else "-"
+                for pairs in (16_384, 65_536, 262_144)
+            ]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["peak"]:
+        print_peak(*json.loads(sys.argv[2]))
+        return
+    lines = [
+        "# Tiled losses",
+        "",
+        f"2026-11-25, 2 cores of a shared x86-64 server, one thread. Python "
+        f"{platform.python_version()}, torch {torch.__version__}, open_clip "
+        f"{open_clip.__version__}. `OMP_NUM_THREADS=1 .venv-peer/bin/python -m "
+        "benchmarks.tiled_loss`",
+        "",
+        f"D = {WIDTH}, float32, scale 50, one process, all losses in turn in it, best of {ROUNDS}; "
+        "values and all gradients agree (asserted, 2e-5). Saved bytes count each storage once.",
+        "",
+        *cpu_tables(),
+        *(
+            gpu_tables()
+            if torch.cuda.is_available()
+            else ["## GPU", "", "Not run: no CUDA device. Inf-CL, which needs one, neither.", ""]
+        ),
+    ]
+    RESULT.write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
