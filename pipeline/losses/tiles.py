@@ -49,12 +49,12 @@ def choose_kernels(backend: str, device: torch.device, dtype: torch.dtype) -> Mo
     auto: Triton's on CUDA where Triton is installed, but for float64, which it does not compute.
     Raises ValueError if backend is "triton" and cannot be.
     """
-    installed = backend != "torch" and importlib.util.find_spec("triton") is not None
+    wanted = backend == "triton" or (backend == "auto" and device.type == "cuda")
+    installed = wanted and importlib.util.find_spec("triton") is not None
     fused = None
-    if installed and dtype == torch.float32 and (backend == "triton" or device.type == "cuda"):
-        fused = importlib.import_module("pipeline.losses.triton_tiles")
-        if not fused.runs_on(device):
-            fused = None
+    if installed and dtype == torch.float32:
+        module = importlib.import_module("pipeline.losses.triton_tiles")
+        fused = module if module.runs_on(device) else None
     if backend == "triton" and fused is None:
         raise ValueError(
             "backend triton needs Triton installed, tensors on a CUDA device and float32 or "
