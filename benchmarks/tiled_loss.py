@@ -210,7 +210,8 @@ def main() -> None:
         "benchmarks.tiled_loss`",
         "",
         f"D = {WIDTH}, float32, scale 50, one process, all losses in turn in it, best of {ROUNDS}; "
-        "values and all gradients agree (asserted, 2e-5 + 2e-4 relative). Saved bytes count each storage once.",
+        "values and all gradients agree (asserted, 2e-5 + 2e-4 relative). Saved bytes count each "
+        "storage once.",
         "",
         *cpu_tables(),
         *(
