@@ -47,6 +47,14 @@ def byte_alphabet() -> list[str]:
     return [chr(byte) for byte in visible] + [chr(256 + n) for n in range(256 - len(visible))]
 
 
+def byte_of_symbol() -> dict[str, int]:
+    """Character of the byte alphabet -> the byte it stands for."""
+    alphabet = byte_alphabet()
+    visible = {symbol: ord(symbol) for symbol in alphabet if ord(symbol) < 256}
+    hidden = sorted(set(range(256)) - set(visible.values()))
+    return visible | dict(zip(alphabet[len(visible) :], hidden, strict=True))
+
+
 def words_to_bytes() -> PreTokenizer:
     """Cleaned caption -> words, spelled in the byte alphabet."""
     words = Split(Regex(WORDS), behavior="removed", invert=True)
@@ -87,6 +95,19 @@ class BpeTokenizer:
             ids = [self.sot, *encoding.ids[: self.context_length - 2], self.eot]
             row[: len(ids)] = torch.tensor(ids)
         return tokens
+
+    def pieces(self) -> list[tuple[bytes, bool]]:
+        """The UTF-8 bytes of each id, and whether a word ends with them; SOT and EOT have none.
+
+        Bytes may be a part of a character.
+        """
+        byte = byte_of_symbol()
+        found = [(b"", False)] * self.vocab_size
+        for piece, index in self._vocab.items():
+            if index < self.sot:
+                spelled = piece.removesuffix(WORD_END)
+                found[index] = bytes(byte[c] for c in spelled), spelled != piece
+        return found
 
     def save(self, directory: str | Path) -> None:
         """Write what transformers' CLIPTokenizer and AutoTokenizer load.

@@ -6,6 +6,8 @@ Letters: B samples, N tokens, K kept tokens.
 import torch
 from torch import Tensor
 
+from pipeline.tokens.keep import checked_keep, count_kept
+
 
 def smallest_noise(noise: Tensor, num_kept: int) -> Tensor:
     """Indices (B, num_kept) of each row's smallest noise, smallest first; ties in index order."""
@@ -13,7 +15,7 @@ def smallest_noise(noise: Tensor, num_kept: int) -> Tensor:
 
 
 class RandomTokens:
-    """Keeps K = max(1, round(keep * N)) of N tokens, in random order: add positions before.
+    """Keeps K = max(1, int(keep * N)) of N tokens, in random order: add positions before.
 
     keep: fraction in (0, 1]; 1 drops nothing, and the indices are None. Raises ValueError outside.
     For patches. A caption's start and end must stay, which this rule does not know about.
@@ -22,12 +24,10 @@ class RandomTokens:
     """
 
     def __init__(self, *, keep: float) -> None:
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep {keep} is outside (0, 1]: it is the fraction of tokens kept")
-        self.keep = keep
+        self.keep = checked_keep(keep)
 
     def num_kept(self, num_tokens: int) -> int:
-        return max(1, round(self.keep * num_tokens))
+        return count_kept(self.keep, num_tokens)
 
     def kept(self, batch: int, num_tokens: int, generator: torch.Generator) -> Tensor | None:
         """Draw uniform noise (batch, num_tokens) from `generator`, on its device; keep by it."""

@@ -14,7 +14,12 @@ from pipeline.losses.softmax import SoftmaxLoss
 from pipeline.losses.tiled_sigmoid import TiledSigmoidLoss
 from pipeline.losses.tiled_softmax import TiledSoftmaxLoss
 from pipeline.optim.schedules import WarmupCosine
+from pipeline.tokens.attentive import AttentiveTokens, mapped, pooled
 from pipeline.tokens.random import RandomTokens
+from pipeline.tokens.text_block import BlockText
+from pipeline.tokens.text_random import RandomText
+from pipeline.tokens.text_shuffle import ShuffleText
+from pipeline.tokens.text_truncate import TruncateText
 
 
 def losses(content: dict, arrays: dict) -> Iterator[Case]:
@@ -64,14 +69,35 @@ def _contrastive_of(term: nn.Module, case: dict, arrays: dict) -> float:
 
 
 def token_masks(content: dict, arrays: dict) -> Iterator[Case]:
+    measures = {
+        "open_clip_patch_dropout": _patch_dropout,
+        "flip_random_mask": _flip_mask,
+        "text_reduction": _text_reduction,
+    }
+    rows = {"aclip_attentive_mask": _attentive_mask, "aclip_crop_mapping": _crop_mapping}
     for family, cases in content.items():
-        if family == "flip_random_mask":
+        if family in measures:
             for index, case in enumerate(cases):
-                yield Case(f"{family}/{index}", partial(_flip_mask, case))
-        elif isinstance(cases, list):
-            yield from (Case(f"{family}/{index}", None) for index in range(len(cases)))
+                yield Case(f"{family}/{index}", partial(measures[family], case))
+        elif family in rows:
+            yield Case(family, partial(rows[family], cases), 1e-9)
         else:
             yield Case(family, None)
+
+
+def _patch_dropout(case: dict) -> float:
+    """open_clip keeps the largest noise, we the smallest."""
+    noise = -torch.tensor(case["noise"], dtype=torch.float64)
+    policy = RandomTokens(keep=1 - case["prob"])
+    kept = policy.from_noise(noise)
+    if kept is None:  # nothing is dropped, so tokens stay where they are
+        return unequal(np.arange(noise.shape[1]), case["kept_set"][0])
+    kept = kept.numpy()
+    return max(
+        unequal(kept, case["kept_in_order"]),
+        unequal(np.sort(kept, axis=1), case["kept_set"]),
+        unequal(policy.num_kept(case["num_patches"]), case["num_kept"]),
+    )
 
 
 def _flip_mask(case: dict) -> float:
@@ -80,9 +106,65 @@ def _flip_mask(case: dict) -> float:
     removed = np.asarray(case["removed_mask"])
     if kept is None:  # nothing is dropped, so tokens stay where they are
         return unequal(removed, np.zeros_like(removed))
-    mask = np.ones(noise.shape, removed.dtype)
-    np.put_along_axis(mask, kept.numpy(), 0, axis=1)
-    return max(unequal(kept.numpy(), case["kept_in_order"]), unequal(mask, removed))
+    return max(
+        unequal(kept.numpy(), case["kept_in_order"]),
+        unequal(_dropped(kept, noise.shape[1]), removed),
+    )
+
+
+def _dropped(kept: torch.Tensor, num_tokens: int) -> np.ndarray:
+    """(B, K) kept indices -> (B, N), 1 where a token is dropped."""
+    mask = torch.ones(len(kept), num_tokens, dtype=torch.int64)
+    return mask.scatter_(1, kept, 0).numpy()
+
+
+def _attentive_mask(case: dict) -> float:
+    attention = torch.tensor(case["attention"], dtype=torch.float64)
+    policy = AttentiveTokens(keep=case["ratio"])
+    kept = policy.from_attention(attention)
+    return max(
+        unequal(_dropped(kept, attention.shape[1]), case["masked"]),
+        unequal([policy.num_kept(attention.shape[1])] * len(kept), case["num_kept"]),
+        difference(pooled(attention, 2), np.reshape(case["pooled_7x7"], (len(kept), -1))),
+    )
+
+
+def _crop_mapping(case: dict) -> float:
+    attention = torch.tensor(case["attention"], dtype=torch.float64)
+    boxes = (torch.tensor(case[name]) for name in ("view_box", "wide_box"))
+    found = mapped(attention, *boxes)
+    kept = AttentiveTokens(keep=0.5).from_attention(found)
+    return max(
+        difference(found, np.reshape(case["mapped"], found.shape)),
+        unequal(_dropped(kept, found.shape[1]), np.reshape(case["masked"], found.shape)),
+    )
+
+
+def _text_reduction(case: dict) -> float:
+    """The draws of the reference, spelled as the noise that makes our policies draw the same."""
+    context, captions = case["context_length"], case["tokens"]
+    room = context - 2
+    length = max([context, *(len(caption) + 2 for caption in captions)])
+    tokens = torch.zeros(len(captions), length, dtype=torch.int64)
+    order = torch.ones(len(captions), length, dtype=torch.float64)
+    start = torch.zeros_like(order)
+    for row, caption in enumerate(captions):
+        words = torch.tensor([case["sot"], *caption, case["eot"]])
+        tokens[row, : len(words)] = words
+        drawn = torch.tensor(case["permutation"][row], dtype=torch.int64)
+        order[row, 1 + drawn] = torch.arange(len(caption), dtype=torch.float64) / length
+        places = max(len(caption) - room, 0) + 1
+        start[row, 0] = (case["block_start"][row] + 0.5) / places
+    policies = {
+        "truncate": (TruncateText, order),
+        "random": (RandomText, order),
+        "shuffle": (ShuffleText, order),
+        "block": (BlockText, start),
+    }
+    return max(
+        unequal(policy(context_length=context).reduce(tokens, noise), case[name])
+        for name, (policy, noise) in policies.items()
+    )
 
 
 def schedules(content: dict, arrays: dict) -> Iterator[Case]:

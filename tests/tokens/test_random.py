@@ -21,8 +21,17 @@ def test_equals_flip() -> None:
             assert torch.equal(tokens.from_noise(noise), expected)
 
 
+def test_counts_are_open_clips() -> None:
+    """Cut, not rounded, and to the last bit of their floats."""
+    for num_tokens in (10, 16, 49, 50, 196, 256):
+        for prob in [n / 100 for n in range(100)]:
+            expected = max(1, int(num_tokens * (1 - prob)))
+            assert RandomTokens(keep=1 - prob).num_kept(num_tokens) == expected
+
+
 @pytest.mark.parametrize(
-    ("keep", "num_tokens", "num_kept"), [(0.5, 64, 32), (0.25, 49, 12), (0.01, 9, 1)]
+    ("keep", "num_tokens", "num_kept"),
+    [(0.5, 64, 32), (0.25, 49, 12), (0.75, 10, 7), (0.4, 49, 19), (0.01, 9, 1)],
 )
 def test_kept_are_distinct_and_of_the_right_number(
     keep: float, num_tokens: int, num_kept: int
