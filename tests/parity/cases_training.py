@@ -1,4 +1,4 @@
-"""Parity cases of training: losses, token masks, schedules."""
+"""Parity cases of training: losses and token masks."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -9,7 +9,6 @@ from case import Case, difference, unequal
 
 from pipeline.losses.features import PairFeatures
 from pipeline.losses.softmax import SoftmaxLoss
-from pipeline.optim.schedules import WarmupCosine
 from pipeline.tokens.random import RandomTokens
 
 
@@ -65,24 +64,3 @@ def _flip_mask(case: dict) -> float:
     mask = np.ones(noise.shape, removed.dtype)
     np.put_along_axis(mask, kept.numpy(), 0, axis=1)
     return max(unequal(kept.numpy(), case["kept_in_order"]), unequal(mask, removed))
-
-
-def schedules(content: dict, arrays: dict) -> Iterator[Case]:
-    for family, cases in content.items():
-        if family != "open_clip":
-            yield Case(family, None)
-            continue
-        for name, case in cases.items():
-            known = case["kind"] == "cosine"
-            measure = partial(_warmup_cosine, case) if known else None
-            yield Case(f"{family}/{name}", measure, 1e-12)
-
-
-def _warmup_cosine(case: dict) -> float:
-    batch = 8  # any: the reference counts steps, we count pairs
-    schedule = WarmupCosine(warmup_samples=case["warmup"] * batch)
-    total = case["steps"] * batch
-    factors = [schedule.factor(step * batch, total, batch) for step in range(len(case["lr"]))]
-    expected = np.asarray(case["lr"])
-    scale = np.where(expected == 0, 1.0, expected)  # the tolerance is relative
-    return difference(case["base_lr"] * np.asarray(factors) / scale, expected / scale)
