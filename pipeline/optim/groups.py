@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 MODULE_PREFIX = "model."  # the Lightning module holds the model under this name
 TOWER_KEYS = ("lr", "weight_decay", "layer_decay")
@@ -120,7 +121,10 @@ class Rates:
                 "tower": tower,
                 "kind": kind(short, parameter),
             }
-            group = found.setdefault((tower, lr, decayed, group["kind"]), group)
+            # torch's fused and foreach steps take no mixture of sharded and whole tensors, and
+            # FSDP2 leaves scalars whole
+            sharded = isinstance(parameter, DTensor)
+            group = found.setdefault((tower, lr, decayed, group["kind"], sharded), group)
             group["params"].append(parameter)
             group["names"].append(name)
         return sorted(found.values(), key=lambda group: (-group["lr"], not group["decayed"]))

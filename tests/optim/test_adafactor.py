@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from pipeline.optim.adafactor import Adafactor
-from tests.optim.test_groups import tiny
-from tests.optim.test_lamb import give_gradients
+from tests.optim.small_model import give_gradients, tiny
 
 
 def test_equals_the_formula_at_the_first_step() -> None:

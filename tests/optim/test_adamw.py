@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pipeline.optim.adamw import AdamW
-from tests.optim.test_groups import tiny
+from tests.optim.small_model import give_gradients, gradients, tiny
 
 
 def trained(fused: bool, steps: int = 5) -> dict[str, torch.Tensor]:
@@ -10,11 +10,9 @@ def trained(fused: bool, steps: int = 5) -> dict[str, torch.Tensor]:
     model = tiny()
     optimizer = AdamW(lr=1e-2, towers={"text": {"lr": 1e-3}}, fused=fused).make(model)
     for step in range(steps):
-        generator = torch.Generator().manual_seed(step)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * (step + 1) / steps
-        for parameter in model.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        give_gradients(model, step)
         optimizer.step()
     return {name: p.detach() for name, p in model.named_parameters()}
 
@@ -31,11 +29,7 @@ def test_equals_the_formula() -> None:
         w = dict(model.named_parameters())[name].detach().double()
         m, v = torch.zeros_like(w), torch.zeros_like(w)
         for step in range(steps):
-            generator = torch.Generator().manual_seed(step)
-            grads = {
-                n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()
-            }
-            g, rate = grads[name].double(), lr * (step + 1) / steps
+            g, rate = gradients(model, step)[name].double(), lr * (step + 1) / steps
             m, v = 0.9 * m + 0.1 * g, 0.98 * v + 0.02 * g * g
             direction = m / (1 - 0.9 ** (step + 1))
             direction /= (v / (1 - 0.98 ** (step + 1))).sqrt() + 1e-6

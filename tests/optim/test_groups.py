@@ -5,20 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.models.clip import CLIP
-from pipeline.models.text import TextTransformer
-from pipeline.models.vit import VisionTransformer
 from pipeline.optim.groups import Rates, block_of, check_whole, describe, layer_of
+from tests.optim.small_model import tiny
 
 PARITY = Path(__file__).parents[1] / "data" / "parity" / "schedules.json"
-
-
-def tiny(layers: int = 1) -> CLIP:
-    return CLIP(
-        image=VisionTransformer(image_size=8, patch_size=4, width=16, layers=layers, heads=2),
-        text=TextTransformer(vocab_size=20, context_length=6, width=16, layers=layers, heads=2),
-        embed_dim=12,
-    )
 
 
 def test_every_parameter_is_in_one_group_by_its_dimensions() -> None:

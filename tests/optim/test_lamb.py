@@ -8,16 +8,9 @@ import torch
 from torch import Tensor
 
 from pipeline.optim.lamb import Lamb
-from tests.optim.test_groups import tiny
+from tests.optim.small_model import give_gradients, tiny
 
 BETAS, EPS = (0.9, 0.98), 1e-6
-
-
-def give_gradients(model: torch.nn.Module, step: int) -> None:
-    generator = torch.Generator().manual_seed(step)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.grad = (0.1 * noise).to(parameter.dtype)
 
 
 def reference(

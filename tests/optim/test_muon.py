@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.optim.muon import Muon
-from tests.optim.test_groups import tiny
-from tests.optim.test_lamb import give_gradients
+from tests.optim.small_model import give_gradients, tiny
 
 TOWERS = {"text": {"lr": 0.002, "weight_decay": 0.1}}
 
