@@ -2,18 +2,21 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline.optim.average import ExponentialAverage
 
 
 def test_a_constant_decay_is_the_geometric_sum() -> None:
-    weights = [torch.randn(3, 4, dtype=torch.float64) for _ in range(6)]
-    average = weights[0].clone()
+    weights = [torch.randn(3, 4) for _ in range(6)]
+    parameter = nn.Parameter(weights[0].clone())
     ema = ExponentialAverage(decay=0.9)
+    ema.follow({"w": parameter})
     for step, weight in enumerate(weights[1:]):
-        ema.update([average], [weight], step=step, total=5)
+        parameter.data = weight
+        ema.update({"w": parameter}, step=step, total=5)
     expected = 0.9**5 * weights[0] + sum(0.1 * 0.9 ** (5 - k) * weights[k] for k in range(1, 6))
-    torch.testing.assert_close(average, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(ema.weights["w"], expected)
 
 
 def test_the_cosine_goes_from_decay_to_final_decay() -> None:
@@ -27,11 +30,14 @@ def test_the_cosine_goes_from_decay_to_final_decay() -> None:
 
 
 def test_low_precision_weights_are_averaged_in_float32() -> None:
-    average = torch.zeros(2)
+    parameter = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     ema = ExponentialAverage(decay=0.9999)
+    ema.follow({"w": parameter})
+    parameter.data.fill_(1)
     for step in range(100):
-        ema.update([average], [torch.ones(2, dtype=torch.bfloat16)], step=step, total=100)
-    torch.testing.assert_close(average, torch.full((2,), 1 - 0.9999**100), rtol=1e-3, atol=0)
+        ema.update({"w": parameter}, step=step, total=100)
+    expected = torch.full((2,), 1 - 0.9999**100)
+    torch.testing.assert_close(ema.weights["w"], expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(("decay", "final"), [(1.0, None), (-0.1, None), (0.9, 0.5), (0.9, 1.1)])

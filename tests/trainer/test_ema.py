@@ -1,29 +1,19 @@
-"""The moving average beside a run: in step with the optimizer, in the checkpoint, on shards."""
+"""The moving average beside a run: in step with the optimizer, in the checkpoint."""
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
 
 from pipeline.optim.adamw import AdamW
-from pipeline.optim.lamb import Lamb
-from pipeline.optim.muon import Muon, is_hidden_matrix
-from pipeline.trainer.callbacks.ema import Ema, local, whole
+from pipeline.trainer.callbacks.ema import Ema
 from pipeline.trainer.checkpoints import AtomicCheckpointIO, Checkpoints
-from tests.optim.small_model import gradients, tiny
 
 STEPS = 6
-WORLD = 2
 
 
 class Regression(pl.LightningModule):
@@ -94,7 +84,9 @@ def test_an_average_of_the_weights_after_each_step(tmp_path: Path) -> None:
     fit(module, ema, tmp_path, steps=4)
     assert len(module.history) == 4  # two of six batches were skipped, and not averaged
     for name, average in expected(module, first, [0.5] * 4).items():
-        torch.testing.assert_close(ema.weights[name].double(), average, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            ema.average.weights[name].double(), average, rtol=1e-6, atol=1e-7
+        )
 
 
 def test_a_resumed_average_is_bit_identical(tmp_path: Path) -> None:
@@ -103,12 +95,12 @@ def test_a_resumed_average_is_bit_identical(tmp_path: Path) -> None:
     fit(Regression(), whole, tmp_path)
     saved = tmp_path / "step-00000003.ckpt"
     content = torch.load(saved, weights_only=True)["callbacks"]["Ema"]
-    assert content["step"] == 3 and set(content["weights"]) == set(whole.weights)
+    assert content["step"] == 3 and set(content["weights"]) == set(whole.average.weights)
     resumed = Ema(**options)
     fit(Regression(), resumed, tmp_path / "again", data=slice(3, None), resume=saved)
     assert resumed.step == whole.step == STEPS
-    for name, average in whole.weights.items():
-        assert torch.equal(resumed.weights[name], average)
+    for name, average in whole.average.weights.items():
+        assert torch.equal(resumed.average.weights[name], average)
     newest = torch.load(tmp_path / f"step-{STEPS:08d}.ckpt", weights_only=True)
     trained = newest["state_dict"]
     kept = newest["callbacks"]["Ema"]["weights"]
@@ -119,7 +111,7 @@ def test_a_resumed_average_is_bit_identical(tmp_path: Path) -> None:
 def test_frozen_parameters_join_when_they_are_trained(tmp_path: Path) -> None:
     module, ema = Regression(freeze=True), Ema(decay=0.5)
     fit(module, ema, tmp_path, steps=2)
-    assert set(ema.weights) == {"text.weight", "text.bias"}
+    assert set(ema.average.weights) == {"text.weight", "text.bias"}
     module.model["image"].requires_grad_(requires_grad=True)
     module.model["text"].requires_grad_(requires_grad=False)
     moved = module.model["image"].weight.detach() + 1
@@ -128,8 +120,8 @@ def test_frozen_parameters_join_when_they_are_trained(tmp_path: Path) -> None:
         module.model["image"].weight.copy_(moved)
     trainer = SimpleNamespace(global_step=1, max_steps=2, callbacks=[ema])
     ema.on_train_batch_end(trainer, module)
-    assert set(ema.weights) == set(dict(module.model.named_parameters()))
-    assert torch.equal(ema.weights["image.weight"], moved)
+    assert set(ema.average.weights) == set(dict(module.model.named_parameters()))
+    assert torch.equal(ema.average.weights["image.weight"], moved)
 
 
 def test_a_resized_parameter_starts_anew() -> None:
@@ -139,7 +131,7 @@ def test_a_resized_parameter_starts_anew() -> None:
     module.model["text"] = nn.Linear(6, 2)
     trainer.global_step = 1
     ema.on_train_batch_end(trainer, module)
-    assert torch.equal(ema.weights["text.weight"], module.model["text"].weight)
+    assert torch.equal(ema.average.weights["text.weight"], module.model["text"].weight)
 
 
 def test_checkpoints_come_after_it(tmp_path: Path) -> None:
@@ -153,67 +145,3 @@ def test_averages_of_another_model_are_refused() -> None:
     ema.load_state_dict({"step": 1, "weights": {"visual.proj": torch.zeros(2)}})
     with pytest.raises(ValueError, match="averages visual.proj, which the model does not have"):
         ema.on_train_start(SimpleNamespace(max_steps=2), Regression())
-
-
-def steps_of(name: str, sharded: bool) -> tuple[nn.Module, Ema]:
-    """Three steps of an optimizer with a moving average, on whole or on sharded parameters."""
-    torch.manual_seed(0)
-    module = SimpleNamespace(model=tiny())
-    given = {step: gradients(module.model, step) for step in range(3)}
-    if sharded:
-        mesh = init_device_mesh("cpu", (WORLD,))
-        fully_shard(module.model, mesh=mesh, ignored_params={module.model.log_logit_scale})
-    makers = {"adamw": AdamW, "lamb": Lamb, "muon": Muon}
-    optimizer = makers[name](lr=0.01).make(module.model)
-    ema, trainer = Ema(decay=0.5), SimpleNamespace(global_step=0, max_steps=3)
-    ema.on_train_start(trainer, module)
-    for step in range(3):
-        for parameter_name, parameter in module.model.named_parameters():
-            gradient = given[step][parameter_name]
-            if isinstance(parameter, DTensor):
-                gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
-            parameter.grad = gradient
-        optimizer.step()
-        trainer.global_step += 1
-        ema.on_train_batch_end(trainer, module)
-    return module.model, ema
-
-
-def on_shards(index: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/init", rank=index, world_size=WORLD
-    )
-    found = {}
-    for name in ("adamw", "lamb", "muon"):
-        model, ema = steps_of(name, sharded=True)
-        assert isinstance(ema.weights["image.position"], DTensor)
-        weights = {n: whole(p.detach()) for n, p in model.named_parameters()}
-        state = ema.state_dict()
-        again = Ema(decay=0.5)
-        box = [state["weights"]]
-        dist.broadcast_object_list(box)  # what every rank reads from the checkpoint
-        again.load_state_dict({"step": state["step"], "weights": box[0]})
-        again.on_train_start(SimpleNamespace(max_steps=3), SimpleNamespace(model=model))
-        same = all(torch.equal(local(again.weights[n]), local(ema.weights[n])) for n in ema.weights)
-        found[name] = {"weights": weights, "average": state["weights"], "reloaded": same}
-    torch.save(found, Path(directory) / f"{index}.pt")
-    dist.destroy_process_group()
-
-
-def test_sharded_parameters_step_and_average_as_whole_ones(tmp_path: Path) -> None:
-    mp.spawn(on_shards, args=(os.fspath(tmp_path),), nprocs=WORLD)
-    first, second = (torch.load(tmp_path / f"{index}.pt") for index in range(WORLD))
-    torch.manual_seed(0)
-    start = {name: p.detach() for name, p in tiny().named_parameters()}
-    for name in ("adamw", "lamb", "muon"):
-        model, ema = steps_of(name, sharded=False)
-        for n, parameter in model.named_parameters():
-            moved = (parameter.detach() - start[n]).norm()
-            # Muon's iteration is in bfloat16: another order of sums moves 2 % of an update
-            tolerance = 0.05 if name == "muon" and is_hidden_matrix(n, parameter) else 1e-4
-            ours = first[name]["weights"][n]
-            assert (ours - parameter.detach()).norm() <= tolerance * moved, (name, n)
-            assert (first[name]["average"][n] - ema.weights[n]).norm() <= tolerance * moved
-        assert first[name]["reloaded"] and second[name]["reloaded"]
-        assert second[name]["average"] == {}
