@@ -90,7 +90,7 @@ class LambOptimizer(torch.optim.Optimizer):
     def _adam_directions(self, group: Mapping, params: list[Tensor]) -> list[Tensor]:
         """Bias-corrected m / (sqrt(v) + eps), moments updated."""
         for parameter in params:
-            if not self.state[parameter]:
+            if "exp_avg_sq" not in self.state[parameter]:
                 self.state[parameter] = {
                     "step": torch.tensor(0.0),
                     "exp_avg": torch.zeros_like(parameter),

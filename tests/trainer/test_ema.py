@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from pipeline.check import composed
+from pipeline.config import check
 from pipeline.optim.adamw import AdamW
+from pipeline.phases import phases
 from pipeline.trainer.callbacks.ema import Ema
 from pipeline.trainer.checkpoints import AtomicCheckpointIO, Checkpoints
+from pipeline.trainer.run import make_trainer
 
 STEPS = 6
 
@@ -140,8 +144,18 @@ def test_checkpoints_come_after_it(tmp_path: Path) -> None:
         ema.setup(SimpleNamespace(callbacks=[checkpoints, ema]), Regression(), "fit")
 
 
+def test_a_run_averages_what_its_checkpoints_hold(tmp_path: Path) -> None:
+    given = ["recipe=emoji", "debug=tiny", "name=x", "data.shards=y", "tokenizer.path=z"]
+    cfg = composed("train", [*given, "ema=cosine"])
+    check(cfg)
+    kinds = [type(c) for c in make_trainer(phases(cfg)[0], tmp_path, []).callbacks]
+    assert kinds.index(Ema) < kinds.index(Checkpoints)
+    without = make_trainer(phases(composed("train", given))[0], tmp_path, []).callbacks
+    assert Ema not in [type(callback) for callback in without]
+
+
 def test_averages_of_another_model_are_refused() -> None:
     ema = Ema(decay=0.5)
     ema.load_state_dict({"step": 1, "weights": {"visual.proj": torch.zeros(2)}})
     with pytest.raises(ValueError, match="averages visual.proj, which the model does not have"):
-        ema.on_train_start(SimpleNamespace(max_steps=2), Regression())
+        ema.on_train_start(SimpleNamespace(global_step=1, max_steps=2), Regression())

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import nn
 
 from pipeline.optim.average import ExponentialAverage
 from pipeline.trainer.checkpoints import Checkpoints
@@ -15,6 +16,7 @@ class Ema(pl.Callback):
     """Averages the weights after every optimizer step; evaluation reads them with weights=ema.
 
     decay, final_decay: see pipeline.optim.average.ExponentialAverage.
+    In a run of phases a cosine of the decay ends with the phase that is running.
     Averaged is every parameter of the module's `model` that has been trained so far; a parameter
     that a phase has resized starts anew. Works with whole parameters (DDP, ZeRO-1/2) and with
     FSDP2's shards. The checkpoint holds {"step": steps averaged, "weights": {name: float32}},
@@ -40,8 +42,9 @@ class Ema(pl.Callback):
                 "ema: ZeRO-3 keeps no parameter whole or in a shard of its own: set ema=none, or "
                 "use strategy ddp, fsdp, or ZeRO-1/2"
             )
+        self.step = trainer.global_step
         self.average.place(named)
-        self.average.follow(named)
+        self._follow(named)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
@@ -50,10 +53,13 @@ class Ema(pl.Callback):
         if trainer.global_step <= self.step:
             return
         named = dict(pl_module.model.named_parameters())
+        self._follow(named)
+        self.step = trainer.global_step
+        self.average.update(named, step=self.step - 1, total=trainer.max_steps)
+
+    def _follow(self, named: dict[str, nn.Parameter]) -> None:
         for name in self.average.follow(named):
             log.info("ema: %s is now %s: starts anew", name, tuple(named[name].shape))
-        self.average.update(named, step=self.step, total=trainer.max_steps)
-        self.step = trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
         """On every rank, as shards are gathered; only rank 0's has the weights."""
