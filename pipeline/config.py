@@ -65,6 +65,7 @@ class TrainConfig:
     loss_weights: dict[str, float] = field(default_factory=dict)
     optimizer: Any = MISSING
     schedule: Any = MISSING
+    ema: Any = None  # a moving average of the weights beside the run
     trainer: Any = MISSING
     tracking: dict[str, Any] = field(default_factory=dict)
 
@@ -102,6 +103,7 @@ class EvaluateConfig:
 
     run: str = MISSING  # run directory, e.g. runs/demo
     checkpoint: str | None = None  # null: the newest of the run
+    weights: str = "trained"  # trained | ema: the run's moving average
     out: str | None = None  # null: <run>/eval
     eval: dict[str, Any] = field(default_factory=dict)  # tasks by name
 
@@ -113,6 +115,7 @@ class ExportConfig:
     run: str = MISSING
     out: str = MISSING
     checkpoint: str | None = None
+    weights: str = "trained"  # trained | ema: the run's moving average
     format: Any = MISSING
 
 

@@ -27,7 +27,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     tasks = {name: build(node) for name, node in config.eval.items()}
     if not tasks:
         raise ValueError("no tasks: give eval=NAME, one of conf/eval")
-    trained = TrainedClip.load(config.run, checkpoint=config.checkpoint)
+    trained = TrainedClip.load(config.run, checkpoint=config.checkpoint, weights=config.weights)
     numbers: dict[str, float] = {}
     for name, task in tasks.items():
         log.info("%s of %s", name, trained.checkpoint)

@@ -20,7 +20,8 @@ def export(config: DictConfig) -> Path:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={out} is a file: give a directory")
     written = build(config.format)
-    written.write(TrainedClip.load(config.run, checkpoint=config.checkpoint), out)
+    trained = TrainedClip.load(config.run, checkpoint=config.checkpoint, weights=config.weights)
+    written.write(trained, out)
     return out
 
 

@@ -15,6 +15,7 @@ from pipeline.config import build
 from pipeline.evals.task import in_batches
 from pipeline.phases import phase_of
 
+WEIGHTS = ("trained", "ema")
 MODEL_PREFIX = "model."  # the Lightning module holds the model under this name
 
 
@@ -53,11 +54,13 @@ class TrainedClip:
         run: str | Path,
         *,
         checkpoint: str | Path | None = None,
+        weights: str = "trained",
         device: str | torch.device | None = None,
     ) -> "TrainedClip":
         """The model of a run directory.
 
         checkpoint: a file of Lightning's; None for the newest in <run>/checkpoints.
+        weights: "trained", or "ema" for the run's moving average.
         device: None for the GPU if there is one.
         Raises ValueError if the run, its checkpoint or a weight is missing.
         """
@@ -65,7 +68,7 @@ class TrainedClip:
         path = Path(checkpoint) if checkpoint is not None else newest_checkpoint(run)
         model = build(config.model)
         try:
-            model.load_state_dict(read_weights(path))
+            model.load_state_dict(read_weights(path, weights=weights))
         except RuntimeError as error:
             raise ValueError(
                 f"{path} does not fit the model of {run}/config.yaml: {error}"
@@ -154,16 +157,29 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The model's state_dict out of a checkpoint."""
+def read_weights(path: Path, *, weights: str = "trained") -> dict[str, Tensor]:
+    """The model's state_dict out of a checkpoint.
+
+    weights: "trained", or "ema" for the moving average where there is one of a parameter.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights}: one of {', '.join(WEIGHTS)}")
     content = read_checkpoint(path)
-    weights = {
+    found = {
         name.removeprefix(MODEL_PREFIX): tensor
         for name, tensor in content.get("state_dict", {}).items()
         if name.startswith(MODEL_PREFIX)
     }
-    if not weights:
+    if not found:
         raise ValueError(
             f"{path} holds no weights named {MODEL_PREFIX}*: not one of our checkpoints"
         )
-    return weights
+    if weights == "ema":
+        average = content.get("callbacks", {}).get("Ema", {}).get("weights")
+        if not average:
+            raise ValueError(
+                f"{path} holds no moving average: train with ema=constant or ema=cosine, or "
+                "give weights=trained"
+            )
+        found |= average
+    return found

@@ -1,17 +1,20 @@
 """AdamW over the decay groups, as a component: hyper-parameters now, parameters later."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from pipeline.optim.groups import parameter_groups
+from pipeline.optim.groups import Rates
 
 
 class AdamW:
     """Decoupled weight decay (arXiv:1711.05101) on parameters of more than one dimension.
 
     The defaults are CLIP's for ViT (arXiv:2103.00020, table 19).
+    towers, no_decay: see pipeline.optim.groups.Rates.
+    fused: torch's one-pass kernel instead of a loop over parameters and operations; the same step
+    but for rounding, at about a quarter of the time on a CPU.
     """
 
     def __init__(
@@ -21,16 +24,14 @@ class AdamW:
         betas: Sequence[float] = (0.9, 0.98),
         eps: float = 1e-6,
         weight_decay: float = 0.2,
+        towers: Mapping[str, Mapping[str, float]] | None = None,
+        no_decay: Sequence[str] = (),
+        fused: bool = True,
     ) -> None:
-        if lr <= 0 or weight_decay < 0:
-            raise ValueError(
-                f"lr={lr} must be positive and weight_decay={weight_decay} not negative"
-            )
-        self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
+        self.rates = Rates(lr=lr, weight_decay=weight_decay, towers=towers, no_decay=no_decay)
+        self.betas, self.eps, self.fused = tuple(betas), eps, fused
 
     def make(self, model: nn.Module) -> torch.optim.AdamW:
         """A torch optimizer; each group remembers its `base_lr` for the schedule."""
-        groups = parameter_groups(model, weight_decay=self.weight_decay)
-        for group in groups:
-            group["base_lr"] = self.lr
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
+        groups = self.rates.groups(model)
+        return torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=self.fused)

@@ -136,6 +136,22 @@ def test_a_checkpoint_that_is_none_of_ours(run):
         TrainedClip.load(run)
 
 
+def test_the_moving_average_is_loaded_where_there_is_one(run):
+    path = run / "checkpoints" / "step-10.ckpt"
+    with pytest.raises(ValueError, match=r"holds no moving average: train with ema=constant"):
+        TrainedClip.load(run, weights="ema")
+    with pytest.raises(ValueError, match="weights=best: one of trained, ema"):
+        TrainedClip.load(run, weights="best")
+    content = torch.load(path, weights_only=True)
+    average = {"text_projection.weight": torch.ones(12, 16)}
+    content["callbacks"] = {"Ema": {"step": 1, "weights": average}}
+    torch.save(content, path)
+    trained, averaged = TrainedClip.load(run), TrainedClip.load(run, weights="ema")
+    assert torch.equal(averaged.model.text_projection.weight, torch.ones(12, 16))
+    assert not torch.equal(trained.model.text_projection.weight, torch.ones(12, 16))
+    assert torch.equal(averaged.model.image.position, trained.model.image.position)
+
+
 class Evil:
     def __reduce__(self):
         return (print, ("executed",))

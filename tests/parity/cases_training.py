@@ -1,4 +1,4 @@
-"""Parity cases of training: losses, token masks, schedules."""
+"""Parity cases of training: losses and token masks."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -13,7 +13,6 @@ from pipeline.losses.sigmoid import SigmoidLoss
 from pipeline.losses.softmax import SoftmaxLoss
 from pipeline.losses.tiled_sigmoid import TiledSigmoidLoss
 from pipeline.losses.tiled_softmax import TiledSoftmaxLoss
-from pipeline.optim.schedules import WarmupCosine
 from pipeline.tokens.attentive import AttentiveTokens, mapped, pooled
 from pipeline.tokens.random import RandomTokens
 from pipeline.tokens.text_block import BlockText
@@ -165,24 +164,3 @@ def _text_reduction(case: dict) -> float:
         unequal(policy(context_length=context).reduce(tokens, noise), case[name])
         for name, (policy, noise) in policies.items()
     )
-
-
-def schedules(content: dict, arrays: dict) -> Iterator[Case]:
-    for family, cases in content.items():
-        if family != "open_clip":
-            yield Case(family, None)
-            continue
-        for name, case in cases.items():
-            known = case["kind"] == "cosine"
-            measure = partial(_warmup_cosine, case) if known else None
-            yield Case(f"{family}/{name}", measure, 1e-12)
-
-
-def _warmup_cosine(case: dict) -> float:
-    batch = 8  # any: the reference counts steps, we count pairs
-    schedule = WarmupCosine(warmup_samples=case["warmup"] * batch)
-    total = case["steps"] * batch
-    factors = [schedule.factor(step * batch, total, batch) for step in range(len(case["lr"]))]
-    expected = np.asarray(case["lr"])
-    scale = np.where(expected == 0, 1.0, expected)  # the tolerance is relative
-    return difference(case["base_lr"] * np.asarray(factors) / scale, expected / scale)

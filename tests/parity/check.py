@@ -27,7 +27,7 @@ READERS = {
     "semdedup": "cases_curation",
     "losses": "cases_training",
     "token_masks": "cases_training",
-    "schedules": "cases_training",
+    "schedules": "cases_schedules",
 }
 
 

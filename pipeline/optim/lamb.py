@@ -1,0 +1,112 @@
+"""LAMB: Adam's direction, with a step as long as the parameter is large (arXiv:1904.00962)."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.optim.groups import Rates, check_whole
+
+
+class Lamb:
+    """LAMB for batches in the tens of thousands, as EVA-CLIP trains (arXiv:2303.15389, sec. 2).
+
+    update u = m / (sqrt(v) + eps) + weight_decay * w with bias-corrected m, v (algorithm 2);
+    step = lr * ratio * u, ratio = |w| / |u| within [min_coeff, max_coeff], 1 where either norm is
+    0. Parameters that are not decayed (gains, biases, no_decay) have ratio 1: AdamW's step.
+    The defaults are EVA-CLIP's; the bounds are those of DeepSpeed's implementation, the paper
+    leaves them open.
+    Price: AdamW's memory and one more temporary copy of the largest group; two norms a matrix.
+    Not under ZeRO, which cuts parameters into pieces: the step raises ValueError.
+    """
+
+    def __init__(
+        self,
+        *,
+        lr: float,
+        betas: Sequence[float] = (0.9, 0.98),
+        eps: float = 1e-6,
+        weight_decay: float = 0.05,
+        min_coeff: float = 0.01,
+        max_coeff: float = 10.0,
+        towers: Mapping[str, Mapping[str, float]] | None = None,
+        no_decay: Sequence[str] = (),
+    ) -> None:
+        if not 0 < min_coeff <= max_coeff:
+            raise ValueError(f"min_coeff={min_coeff}, max_coeff={max_coeff}: 0 < min <= max")
+        self.rates = Rates(lr=lr, weight_decay=weight_decay, towers=towers, no_decay=no_decay)
+        self.betas, self.eps = tuple(betas), eps
+        self.bounds = min_coeff, max_coeff
+
+    def make(self, model: nn.Module) -> "LambOptimizer":
+        """A torch optimizer; each group remembers its `base_lr` for the schedule."""
+        groups = self.rates.groups(model)
+        return LambOptimizer(groups, betas=self.betas, eps=self.eps, bounds=self.bounds)
+
+
+class LambOptimizer(torch.optim.Optimizer):
+    """The step of Lamb on the groups of Rates; state as AdamW's: step, exp_avg, exp_avg_sq."""
+
+    def __init__(
+        self,
+        groups: Sequence[dict],
+        *,
+        betas: tuple[float, ...],
+        eps: float,
+        bounds: tuple[float, float],
+    ) -> None:
+        super().__init__(groups, {"betas": betas, "eps": eps, "bounds": bounds})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step on every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        check_whole(self.param_groups, "LAMB")
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._step_group(group, params)
+        return loss
+
+    def _step_group(self, group: Mapping, params: list[Tensor]) -> None:
+        updates = self._adam_directions(group, params)
+        if group["weight_decay"]:
+            torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+        if group["decayed"]:
+            low, high = group["bounds"]
+            ratios = [
+                torch.where((w > 0) & (u > 0), (w / u).clamp(low, high), 1.0)
+                for w, u in zip(
+                    torch._foreach_norm(params), torch._foreach_norm(updates), strict=True
+                )
+            ]
+            torch._foreach_mul_(updates, ratios)
+        torch._foreach_add_(params, updates, alpha=-group["lr"])
+
+    def _adam_directions(self, group: Mapping, params: list[Tensor]) -> list[Tensor]:
+        """Bias-corrected m / (sqrt(v) + eps), moments updated."""
+        for parameter in params:
+            if "exp_avg_sq" not in self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        states, grads = [self.state[p] for p in params], [p.grad for p in params]
+        first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        beta_1, beta_2 = group["betas"]
+        torch._foreach_lerp_(first, grads, 1 - beta_1)
+        torch._foreach_mul_(second, beta_2)
+        torch._foreach_addcmul_(second, grads, grads, value=1 - beta_2)
+        for state in states:
+            state["step"] += 1
+        steps = [state["step"].item() for state in states]
+        denominators = torch._foreach_sqrt(second)
+        torch._foreach_div_(denominators, [math.sqrt(1 - beta_2**step) for step in steps])
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_mul_(denominators, [1 - beta_1**step for step in steps])
+        return list(torch._foreach_div(first, denominators))
