@@ -51,8 +51,8 @@ def spread(noise: Tensor) -> Tensor:
     real = cells < 2
     rank = cells.argsort(dim=3, stable=True).argsort(dim=3)
     # The sum does not know which patch is which, so it is independent of the ranks; its fraction is
-    # uniform because the noises are.
-    offset = cells.where(real, 0.0).sum(dim=3, keepdim=True).frac()
+    # uniform because the noises are. Padding adds whole numbers.
+    offset = cells.sum(dim=3, keepdim=True).frac()
     key = (rank + offset) / real.sum(dim=3, keepdim=True)
     key = key.unflatten(3, (2, 2)).transpose(2, 3).reshape(-1, 2 * half, 2 * half)
     return key[:, :side, :side].flatten(1)

@@ -52,6 +52,8 @@ def test_kept_cells_are_those_with_the_most_attention(side: int, cell: int, keep
 def test_cells_of_equal_attention_stay_in_reading_order() -> None:
     kept = AttentiveTokens(keep=0.3).from_attention(torch.ones(1, 16))
     assert kept.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    kept = AttentiveTokens(keep=0.4999, cell=1).from_attention(torch.ones(1, 6400))
+    assert torch.equal(kept, torch.arange(3200).unsqueeze(0))
 
 
 def test_keeping_everything_drops_nothing() -> None:

@@ -64,7 +64,7 @@ def test_spread_noise_is_uniform_and_stratified() -> None:
 
 
 def test_noise_next_to_one_stays_in_its_quarter() -> None:
-    noise = torch.full((1, 4), 1 - 2.0**-24)
+    noise = torch.tensor([[0, 1 - 2.0**-24, 0, 0]])
     assert (spread(noise) * 4).floor().sort().values.tolist() == [[0, 1, 2, 3]]
 
 
