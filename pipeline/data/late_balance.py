@@ -6,12 +6,13 @@ is seen in full, a little at a time, where an early balance throws most of it aw
 """
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.shards import Dataset
+from pipeline.data.sources import LocalDataset
 
 COLUMN = "inclusion_probability"
 
@@ -31,10 +32,10 @@ class LateBalance:
     pair. Raises ValueError when a pair has no inclusion probability.
     """
 
-    def __init__(self, dataset: Dataset, *, seed: int):
+    def __init__(self, dataset: LocalDataset, *, seed: Any):
         hashes, probabilities = [], []
-        for name in dataset.names:
-            table = pq.read_table(dataset.directory / f"{name}.parquet", columns=["uid", "stats"])
+        for number, name in enumerate(dataset.names):
+            table = pq.read_table(dataset.index_path(number), columns=["uid", "stats"])
             found = pc.map_lookup(table["stats"].combine_chunks(), COLUMN, "first")
             if found.null_count:
                 raise ValueError(

@@ -167,7 +167,7 @@ def test_late_balance_draws_anew_each_epoch_and_resumes(tmp_path, make_picture):
     whole = stream(tmp_path, late_balance=True)
     batches = take(whole, 40)
     seen = [numbers[uid] for batch in batches for uid in batch["uids"]]
-    lengths = [whole.order.length(epoch) for epoch in range(10)]
+    lengths = [whole.parts[0].order.length(epoch) for epoch in range(10)]
     epochs, start = [], 0
     for length in lengths:
         epochs.append(seen[start : start + length])
