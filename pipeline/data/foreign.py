@@ -8,7 +8,6 @@ cache, and is made by all processes of a machine together. A tar's uid is its na
 curation would not take for an identity: run curation for pairs to balance or to find again.
 """
 
-import hashlib
 import json
 import logging
 import mmap
@@ -21,7 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.cache import FileCache, filesystem
+from pipeline.data.cache import FileCache, Remote, filesystem
 from pipeline.shards import BLOCK, FORMAT, INDEX, write_json, write_table
 
 log = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ VERSION = "1"  # raise it when the index of the same tar becomes another
 
 def is_pattern(shards: str) -> bool:
     """Whether `shards` names tars rather than a directory of ours."""
-    return any(re.search(r"\.(tar|tar\.gz|tgz)$", part) for part in shards.split("::"))
+    return any(re.search(r"^pipe:|\.(tar|tar\.gz|tgz)$", part) for part in shards.split("::"))
 
 
 def expand(pattern: str) -> list[str]:
@@ -119,9 +118,10 @@ def members(data: mmap.mmap | bytes, name: str) -> Iterator[tuple[str, int, int]
             yield path, start, size
             longer = None
         position = start + -(-size // BLOCK) * BLOCK
-    if position == end:  # some writers leave the closing blocks out
-        return
-    raise ValueError(f"{name}: ends in the middle of a member, at byte {end}; copy it again")
+    raise ValueError(
+        f"{name}: ends at byte {end} without the closing blocks of a tar: the copy is cut off, "
+        "or its writer was killed; copy it again"
+    )
 
 
 def pairs(data: mmap.mmap | bytes, name: str, ignored: Counter) -> Iterator[Pair]:
@@ -234,7 +234,7 @@ def _index(url: str, tar: Path, cache: FileCache, *, wait: bool) -> None:
         if not ours or index.exists():
             return
         if "://" in url:
-            cache.fetch(url, tar)
+            cache.fetch([Remote(url, tar)], tar)
         else:
             if not Path(url).exists():
                 raise ValueError(f"{url}: missing, but data.shards names it")

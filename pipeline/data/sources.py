@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.data.cache import CHUNK, FileCache, filesystem, refuse_other
+from pipeline.data.cache import CHUNK, FileCache, Remote, filesystem, refuse_other
 from pipeline.data.foreign import is_pattern, read_foreign
 from pipeline.shards import Dataset, Shard, write_atomically
 
@@ -156,7 +156,7 @@ class CachedDataset(LocalDataset):
         needed = sum(sizes[: 2 * window_shards])
         if needed > self.cache.limit:
             raise ValueError(
-                f"data.cache_gib={self.cache.limit / 2**30:g}: two windows of {window_shards} "
+                f"data.cache_gib={self.cache.gib:g}: two windows of {window_shards} "
                 f"shards take up to {needed / 2**30:.3g} GiB and would push each other out; raise "
                 "data.cache_gib or lower data.window_shards"
             )
@@ -164,23 +164,22 @@ class CachedDataset(LocalDataset):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "pool": None, "pending": []}
 
-    def files(self, number: int) -> list[tuple[str, Path, int | None, str | None]]:
-        """What to fetch for a shard: (URL, path, bytes, sha256)."""
+    def files(self, number: int) -> list[Remote]:
+        """What to fetch for a shard."""
         entry, folder = self.manifest["shards"][number], self.directory
         tar, index = folder / f"{entry['name']}.tar", folder / f"{entry['name']}.parquet"
         size = entry["num_bytes"] if self.verify != "none" else None
         digest = entry.get("sha256") if self.verify == "sha256" else None
         if self.url is None:
             # an index belongs to the bytes it was made of, so that size is always compared
-            return [(entry["url"], tar, entry["num_bytes"], None)] if "://" in entry["url"] else []
+            return [Remote(entry["url"], tar, entry["num_bytes"])] if "://" in entry["url"] else []
         url = f"{self.url}/{entry['name']}"
-        return [(f"{url}.parquet", index, None, None), (f"{url}.tar", tar, size, digest)]
+        return [Remote(f"{url}.tar", tar, size, digest), Remote(f"{url}.parquet", index)]
 
     def _open(self, number: int) -> Shard:
         name = self.directory / f"{self.names[number]}.tar"
         with self.cache.locked(name):
-            for url, path, size, digest in self.files(number):
-                self.cache.fetch(url, path, size=size, sha256=digest)
+            self.cache.fetch(self.files(number), name)
             # compared on the way here: the base would read a fetched tar once more
             return Dataset._open(self, number)
 
@@ -188,15 +187,16 @@ class CachedDataset(LocalDataset):
         """The same, fetched if need be."""
         path = super().index_path(number)
         if self.url is not None:
-            with self.cache.locked(path):
-                self.cache.fetch(f"{self.url}/{path.name}", path)
+            tar = path.with_suffix(".tar")
+            with self.cache.locked(tar):
+                self.cache.fetch([Remote(f"{self.url}/{path.name}", path)], tar)
         return path
 
     def _fetch_ahead(self, number: int) -> None:
-        with self.cache.locked(self.directory / f"{self.names[number]}.tar", wait=False) as ours:
+        name = self.directory / f"{self.names[number]}.tar"
+        with self.cache.locked(name, wait=False) as ours:
             if ours:  # else another process fetches it already
-                for url, path, size, digest in self.files(number):
-                    self.cache.fetch(url, path, size=size, sha256=digest)
+                self.cache.fetch(self.files(number), name)
 
     def read_ahead(self, numbers: Iterable[int]) -> None:
         """Fetch these shards in threads, in this order; forget what was asked for before."""

@@ -81,7 +81,8 @@ class _Samples(torch.utils.data.Dataset):
         # and holds no pair twice.
         stride = self.stride if length >= 2 * self.stride else 1
         for attempt in range(min(MAX_STAND_INS, length)):
-            shard, row = part.locate(epoch, (index + attempt * stride) % length)
+            laps, ahead = divmod(attempt * stride, length)
+            shard, row = part.locate(epoch, (index + ahead + laps) % length)
             try:
                 image, caption, uid = self._pair(part, shard, row, epoch)
                 return image, caption, uid, reasons
