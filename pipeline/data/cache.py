@@ -69,10 +69,9 @@ class FileCache:
             raise ValueError(f"cache_gib {gib}: must be above 0")
         self.directory, self.gib, self.limit = Path(directory), gib, int(gib * 2**30)
 
-    def folder(self, key: str, *, indexed: bool = False) -> Path:
+    def folder(self, key: str, *, prefix: str = "shards-") -> Path:
         """The place of what belongs to a key."""
-        name = hashlib.sha256(key.encode()).hexdigest()[:16]
-        return self.directory / f"{INDEXED if indexed else 'shards-'}{name}"
+        return self.directory / f"{prefix}{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     @contextlib.contextmanager
     def locked(self, path: Path, *, wait: bool = True) -> Iterator[bool]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.cache import FileCache, Remote, filesystem
+from pipeline.data.cache import INDEXED, FileCache, Remote, filesystem
 from pipeline.shards import BLOCK, FORMAT, INDEX, write_json, write_table
 
 log = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ def read_foreign(shards: str, cache: FileCache) -> Path:
     Raises ValueError when a tar is missing, cut off, or another than was indexed.
     """
     urls = locations(shards)
-    folder = cache.folder("\n".join([VERSION, *urls]), indexed=True)
+    folder = cache.folder("\n".join([VERSION, *urls]), prefix=INDEXED)
     names = [f"{number:06d}-{Path(url).stem}" for number, url in enumerate(urls)]
     if not (folder / "manifest.json").exists():
         for wait in (False, True):  # first what no other process is at

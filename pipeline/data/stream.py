@@ -43,9 +43,17 @@ class BadPair(ValueError):
 class _Part:
     """One dataset of a stream, with its order. seed: what its draws depend on."""
 
-    def __init__(self, dataset: LocalDataset, *, seed: Any, window_shards: int, late_balance: bool):
+    def __init__(
+        self,
+        dataset: LocalDataset,
+        *,
+        seed: Any,
+        window_shards: int,
+        late_balance: bool,
+        cache: FileCache | None,
+    ):
         self.dataset, self.seed = dataset, seed
-        keep = LateBalance(dataset, seed=seed) if late_balance else None
+        keep = LateBalance(dataset, seed=seed, cache=cache) if late_balance else None
         self.order = ShuffledOrder(
             dataset.starts, seed=seed, window_shards=window_shards, keep=keep
         )
@@ -171,7 +179,7 @@ class ShardStream:
                 name, window_shards=window_shards, columns=columns, verify=verify, cache=files
             )
             part_seed = seed if len(names) == 1 else (seed, number)
-            knobs = {"window_shards": window_shards, "late_balance": late_balance}
+            knobs = {"window_shards": window_shards, "late_balance": late_balance, "cache": files}
             self.parts.append(_Part(dataset, seed=part_seed, **knobs))
         self.interleaving = Interleaving(weights, seed=seed)
         if len(self) < global_batch_size:

@@ -274,3 +274,27 @@ def test_late_balance_draws_anew_each_epoch_and_resumes(tmp_path, make_picture):
 def test_late_balance_needs_probabilities(shards):
     with pytest.raises(ValueError, match="inclusion_probability"):
         stream(shards, late_balance=True)
+
+
+def test_late_balance_in_a_cache_draws_the_same(tmp_path, make_picture):
+    banked(tmp_path / "data", make_picture)
+    knobs = {"late_balance": True, "cache": str(tmp_path / "cache")}
+    plain = take(stream(tmp_path / "data", late_balance=True), 12)
+    for _ in range(2):  # gathered, then found
+        cached = take(stream(tmp_path / "data", **knobs), 12)
+        assert [b["uids"] for b in cached] == [b["uids"] for b in plain]
+    kept = list((tmp_path / "cache").glob("balance-*/*.npy"))
+    assert sorted(path.name for path in kept) == ["hashes.npy", "probabilities.npy"]
+    np.save(kept[0].with_name("probabilities.npy"), np.ones(40, np.float32))
+    assert stream(tmp_path / "data", **knobs).parts[0].order.length(0) == 40  # it is read
+
+
+def test_a_late_balanced_stream_goes_on_where_a_checkpoint_says(tmp_path, make_picture):
+    banked(tmp_path, make_picture)
+    whole = take(stream(tmp_path, late_balance=True), 30)
+    first = stream(tmp_path, late_balance=True)
+    state = first.state_at(20 * 8) | {"position": 20 * 8}
+    again = stream(tmp_path, late_balance=True)
+    again.load_state_dict(state)
+    for batch, wanted in zip(take(again, 10), whole[20:], strict=True):
+        assert batch["uids"] == wanted["uids"] and batch["first"] == wanted["first"]
