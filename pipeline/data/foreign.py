@@ -178,14 +178,14 @@ def build_index(data: mmap.mmap | bytes, name: str) -> pa.Table:
     """A tar as rows of the index; counts are in the schema's metadata."""
     uids, extensions, captions = [], [], []
     offsets, sizes = ({key: [] for key in ("image", "json", "txt")} for _ in range(2))
-    dropped, ignored = Counter(), Counter()
+    dropped, ignored, stem = Counter(), Counter(), Path(name).stem
     for pair in pairs(data, name, ignored):
         caption = caption_of(pair, data)
         reason = reason_to_drop(pair, caption)
         if reason:
             dropped[reason] += 1
             continue
-        uids.append(f"{Path(name).stem}/{pair.key}")
+        uids.append(f"{stem}/{pair.key}")
         extensions.append(pair.extension)
         captions.append(caption)
         for member in offsets:

@@ -93,8 +93,8 @@ class ImageTransform:
     decode: how training reads JPEGs; everything else is PIL's, and so is all of evaluation.
         "exact": the whole image by libjpeg-turbo, the crop moved to whole pixels, a bicubic that
         follows PIL's (about 65 dB on the same crop) in about half of PIL's time.
-        "fast": decoded at 4/8, 2/8 or 1/8 where the crop allows it; a third of PIL's time at 224
-        pixels, a quarter at 112, 35 dB. "pil": the reference. See benchmarks/results/loader.md.
+        "fast": decoded at 4/8, 2/8 or 1/8 where the crop allows it; about a third of PIL's time,
+        35 dB. "pil": the reference. Numbers: benchmarks/results/loader.md.
     """
 
     def __init__(
