@@ -60,6 +60,8 @@ LIBRARIES = {
     "matplotlib": 3,
     "datatrove": 2,
     "PIL": 2,
+    "simplejpeg": 2,
+    "fsspec": 2,
     "upath": 2,
     "tokenizers": 2,
 }

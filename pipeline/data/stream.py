@@ -1,176 +1,157 @@
 """Shards -> batches, in an order that is a function of (seed, position) alone.
 
-The order of an epoch: shards are permuted, `window_shards` consecutive ones are a window, samples
-are permuted inside
-their window. So any position is found without reading what lies before it, and the global batch at
-a position is the
-same for any number of ranks and workers: rank r takes the r-th slice of it.
-Quality: a pair moves anywhere within its window, windows are contiguous in the permuted shards;
-with
-window_shards >= the number of shards it is a full permutation. Packed shards are in uid (hash)
-order already.
+The global batch at a position is the same for any number of ranks and workers: rank r takes the
+r-th slice of it. How pairs are shuffled, and how datasets are mixed: pipeline/data/order.py; where
+shards come from: pipeline/data/sources.py.
 Letters: B local pairs, L context length, S image size.
 """
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from pipeline.data.cache import FileCache
 from pipeline.data.images import BadImage, ImageTransform
 from pipeline.data.late_balance import LateBalance
-from pipeline.shards import Dataset, Shard
+from pipeline.data.order import Interleaving, ShuffledOrder, generator
+from pipeline.data.sources import COLUMNS, LocalDataset, open_dataset, windows_ahead
+from pipeline.shards import Shard
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
-Sample = tuple[int, int]  # (epoch, index in the epoch's order)
+Sample = tuple[int, int, int]  # (dataset, epoch, index in the epoch's order)
 CaptionSampler = Callable[[list[dict[str, Any]], str, np.random.Generator, int], str]
 
-
-def generator(*key: Any) -> np.random.Generator:
-    """A generator that is a function of `key` alone (counter-based; nothing global is touched)."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+MAX_STAND_INS = 100
+JUDGED_AFTER = 1000  # pairs of a process, before its share of bad ones is judged
 
 
-class ShuffledOrder:
-    """The global index at any place of any epoch. `starts`: first global index of each shard, and
-    the total.
+class BadPair(ValueError):
+    """A pair that cannot be used for another reason than its image; `reason` is for counting."""
 
-    keep: the pairs that take part in an epoch, as a mask over global indices; None: all, always.
-    """
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+class _Part:
+    """One dataset of a stream, with its order. seed: what its draws depend on."""
 
     def __init__(
         self,
-        starts: np.ndarray,
+        dataset: LocalDataset,
         *,
-        seed: int,
+        seed: Any,
         window_shards: int,
-        keep: Callable[[int], np.ndarray] | None = None,
+        late_balance: bool,
+        cache: FileCache | None,
     ):
-        if window_shards < 1:
-            raise ValueError(f"window_shards {window_shards}: must be at least 1")
-        self.starts, self.seed, self.window_shards = starts, seed, window_shards
-        self.keep = lru_cache(2)(keep) if keep else None
-        self.epoch = lru_cache(2)(self._epoch)
-        self.window = lru_cache(3)(self._window)
-        self._lengths: list[int] = []
+        self.dataset, self.seed = dataset, seed
+        keep = LateBalance(dataset, seed=seed, cache=cache) if late_balance else None
+        self.order = ShuffledOrder(
+            dataset.starts, seed=seed, window_shards=window_shards, keep=keep
+        )
+        self.window: tuple[int, int] | None = None
 
-    def length(self, epoch: int) -> int:
-        """Pairs of an epoch."""
-        if self.keep is None:
-            return int(self.starts[-1])
-        while len(self._lengths) <= epoch:
-            self._lengths.append(int(np.count_nonzero(self.keep(len(self._lengths)))))
-        return self._lengths[epoch]
-
-    def place(self, position: int) -> Sample:
-        """(epoch, index in it) of the position-th pair since the start of training."""
-        if self.keep is None:
-            return divmod(position, self.length(0))
-        epoch = 0
-        while position >= self.length(epoch):
-            position -= self.length(epoch)
-            epoch += 1
-        return epoch, position
-
-    def position(self, epoch: int, index: int) -> int:
-        """The inverse of `place`."""
-        if self.keep is None:
-            return epoch * self.length(0) + index
-        return sum(self.length(before) for before in range(epoch)) + index
-
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        shards = generator(self.seed, "shards", epoch).permutation(len(self.starts) - 1)
-        sizes = np.diff(self.starts)
-        if self.keep is not None:
-            kept = np.concatenate([[0], np.cumsum(self.keep(epoch))])
-            sizes = np.diff(kept[self.starts])
-        counts = sizes[shards]
-        window_counts = np.add.reduceat(counts, np.arange(0, len(counts), self.window_shards))
-        return shards, np.concatenate([[0], np.cumsum(window_counts)])
-
-    def _window(self, epoch: int, window: int) -> np.ndarray:
-        first = window * self.window_shards
-        shards = self.epoch(epoch)[0][first : first + self.window_shards]
-        members = np.concatenate([np.arange(self.starts[s], self.starts[s + 1]) for s in shards])
-        if self.keep is not None:
-            members = members[self.keep(epoch)[members]]
-        return generator(self.seed, "window", epoch, window).permutation(members)
-
-    def __call__(self, epoch: int, index: int) -> int:
-        bounds = self.epoch(epoch)[1]
-        window = int(np.searchsorted(bounds, index, side="right")) - 1
-        return int(self.window(epoch, window)[index - bounds[window]])
+    def locate(self, epoch: int, index: int) -> tuple[Shard, int]:
+        """The shard and row at a place; says ahead which shards follow."""
+        window = (epoch, self.order.window_at(epoch, index))
+        if window != self.window:
+            self.window = window
+            self.dataset.read_ahead(windows_ahead(self.order, *window))
+        return self.dataset.locate(self.order(epoch, index))
 
 
 class _Samples(torch.utils.data.Dataset):
-    """Map (epoch, index) to (pixels, caption, uid, bad); runs in the loader's workers."""
+    """Map a place to (pixels, caption, uid, reasons); runs in the loader's workers."""
 
     def __init__(
         self,
-        dataset: Dataset,
-        order: ShuffledOrder,
+        parts: Sequence[_Part],
         transform: ImageTransform,
         captions: CaptionSampler | None,
-        seed: int,
+        stride: int,
     ):
-        self.dataset, self.order, self.transform, self.seed = dataset, order, transform, seed
-        self.captions = captions
+        self.parts, self.transform, self.captions = parts, transform, captions
+        self.stride, self.warned = stride, 0
 
-    def __getitem__(self, sample: Sample) -> tuple[torch.Tensor, str, str, int]:
-        epoch, index = sample
-        length = self.order.length(epoch)
-        for bad in range(min(100, length)):
-            where = self.order(epoch, (index + bad) % length)
-            shard, row = self.dataset.locate(where)
-            uid = shard.uids[row]
+    def __getitem__(self, sample: Sample) -> tuple[torch.Tensor, str, str, list[str]]:
+        source, epoch, index = sample
+        part, reasons = self.parts[source], []
+        length = part.order.length(epoch)
+        # The same place of the next batch stands in, so that the batch stays whole and in place,
+        # and holds no pair twice.
+        stride = self.stride if length >= 2 * self.stride else 1
+        for attempt in range(min(MAX_STAND_INS, length)):
+            laps, ahead = divmod(attempt * stride, length)
+            shard, row = part.locate(epoch, (index + ahead + laps) % length)
             try:
-                rng = generator(self.seed, "augment", epoch, uid)
-                image = self.transform.train(shard.image(row), rng)
-                return image, self._caption(shard, row, epoch, uid), uid, bad
-            except BadImage as error:
-                # the next pair of the order stands in, so that the batch stays whole and in place
-                log.warning("%s: uid %s cannot be decoded (%s)", shard.path, uid, error)
-        raise ValueError(f"100 pairs in a row of {self.dataset.directory} cannot be decoded")
+                image, caption, uid = self._pair(part, shard, row, epoch)
+                return image, caption, uid, reasons
+            except (BadImage, BadPair) as error:
+                reasons.append(error.reason)
+                self._warn(f"{shard.path}: row {row}, uid {shard.uids[row]}: {error}")
+        raise ValueError(
+            f"{len(reasons)} pairs in a row of {part.dataset.directory} cannot be used: "
+            f"{dict(Counter(reasons))}"
+        )
 
-    def _caption(self, shard: Shard, row: int, epoch: int, uid: str) -> str:
-        primary = shard.captions[row]
-        if self.captions is None:
-            return primary
-        rng = generator(self.seed, "caption", epoch, uid)
-        return self.captions(shard.bank(row), primary, rng, epoch)
+    def _pair(self, part: _Part, shard: Shard, row: int, epoch: int) -> tuple[Any, str, str]:
+        uid, primary = shard.uids[row], shard.captions[row]
+        if not uid:
+            raise BadPair("no_uid")
+        if not primary or primary.isspace():
+            raise BadPair("empty_caption")
+        image = self.transform.train(shard.image(row), generator(part.seed, "augment", epoch, uid))
+        if self.captions is not None:
+            rng = generator(part.seed, "caption", epoch, uid)
+            primary = self.captions(shard.bank(row), primary, rng, epoch)
+        return image, primary, uid
+
+    def _warn(self, words: str) -> None:
+        self.warned += 1
+        if self.warned <= 10 or self.warned % 1000 == 0:
+            log.warning("bad pair %d of this worker: %s", self.warned, words)
 
 
 class ShardStream:
     """An endless, exactly resumable stream of local batches.
 
     Each batch: images (B, 3, S, S) uint8, tokens (B, L) int64, uids, first (global position of its
-    first pair),
-    bad (records that could not be decoded and were replaced by the next of the order).
+    first pair), bad (pairs that could not be used; the same place of the next batch stood in) and
+    bad_reasons.
     State: `position`, the number of global pairs already delivered. An epoch has no remainder: a
-    batch may span two.
+    batch may span two. A mixture has one endless epoch.
+    shards: a directory of ours, a URL of one, or foreign tars (see sources.py); or
+    mixture: [{shards, weight}, ...]: of any BLOCK = 256 pairs each dataset gives its share of the
+        weights, to a pair; each goes through epochs of its own.
     captions: which of a pair's captions is read this time (see pipeline/data/captions.py); None:
         the primary one.
     late_balance: metadata balancing in the loader (MetaCLIP 2, arXiv:2507.22062): each epoch a pair
         takes part with the `inclusion_probability` in its stats, by a new draw.
+    verify: what of a shard is compared with the manifest: size, sha256, none (see sources.py).
+    cache, cache_gib: the folder where shards of URLs are kept, and its bound. It is shared by the
+        processes of a machine; threads fetch the window that is read and the next one.
+    max_bad_fraction: above it (and after 1,000 pairs of a process) the run stops.
     Raises ValueError when the global batch does not divide by the ranks, there are fewer pairs
-    than a batch, or late_balance finds pairs without that probability.
+    than a batch, late_balance finds pairs without that probability, or shards are missing or not
+    what their manifest says.
     """
 
     def __init__(
         self,
         *,
-        shards: str,
         transform: ImageTransform,
         tokenizer: Callable[[Sequence[str]], torch.Tensor],
         global_batch_size: int,
+        shards: str | None = None,
+        mixture: Sequence[Mapping[str, Any]] | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -178,30 +159,44 @@ class ShardStream:
         workers: int = 0,
         captions: CaptionSampler | None = None,
         late_balance: bool = False,
+        verify: Literal["size", "sha256", "none"] = "size",
+        cache: str | None = None,
+        cache_gib: float = 100.0,
+        max_bad_fraction: float = 0.1,
     ):
-        if global_batch_size % world_size:
+        if global_batch_size % world_size or global_batch_size < world_size:
+            up = -(-global_batch_size // world_size) * world_size
             raise ValueError(
-                f"global_batch_size {global_batch_size} is not a multiple of {world_size} processes"
+                f"global_batch_size {global_batch_size} is not a multiple of {world_size} "
+                f"processes: set it to {up}, or start another number of processes"
             )
-        self.dataset = Dataset(shards)
-        if len(self.dataset) < global_batch_size:
+        names, weights = sources(shards, mixture)
+        columns = COLUMNS + (["captions"] if captions is not None else [])
+        files = FileCache(directory=cache, gib=cache_gib) if cache else None
+        self.parts = []
+        for number, name in enumerate(names):
+            dataset = open_dataset(
+                name, window_shards=window_shards, columns=columns, verify=verify, cache=files
+            )
+            part_seed = seed if len(names) == 1 else (seed, number)
+            knobs = {"window_shards": window_shards, "late_balance": late_balance, "cache": files}
+            self.parts.append(_Part(dataset, seed=part_seed, **knobs))
+        self.interleaving = Interleaving(weights, seed=seed)
+        if len(self) < global_batch_size:
             raise ValueError(
-                f"data.shards={shards} holds {len(self.dataset)} pairs, fewer than one batch of "
+                f"data.shards={', '.join(names)} holds {len(self)} pairs, fewer than one batch of "
                 f"{global_batch_size}: a batch would hold pairs twice; lower global_batch_size"
             )
-        keep = LateBalance(self.dataset, seed=seed) if late_balance else None
-        self.order = ShuffledOrder(
-            self.dataset.starts, seed=seed, window_shards=window_shards, keep=keep
-        )
-        self.samples = _Samples(self.dataset, self.order, transform, captions, seed)
+        self.samples = _Samples(self.parts, transform, captions, global_batch_size)
         self.tokenizer, self.seed = tokenizer, seed
         self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
-        self.workers = workers
+        self.workers, self.max_bad_fraction = workers, max_bad_fraction
         self.position = 0
+        self.seen, self.bad = 0, Counter()  # pairs of this rank, and reasons of those replaced
 
     def __len__(self) -> int:
-        """Pairs of the dataset; with late_balance an epoch sees fewer."""
-        return len(self.dataset)
+        """Pairs of the datasets; with late_balance an epoch sees fewer."""
+        return sum(len(part.dataset) for part in self.parts)
 
     def local_positions(self, first: int) -> range:
         """Global positions of this rank's pairs in the global batch that starts at `first`."""
@@ -209,19 +204,26 @@ class ShardStream:
         start = first + self.rank * local
         return range(start, start + local)
 
+    def place(self, position: int) -> Sample:
+        """Where the pair at a global position is read from."""
+        source, number = self.interleaving(position)
+        return source, *self.parts[source].order.place(number)
+
     def _plan(self) -> Iterator[list[Sample]]:
         first = self.position
         while True:
-            yield [self.order.place(position) for position in self.local_positions(first)]
+            yield [self.place(position) for position in self.local_positions(first)]
             first += self.global_batch_size
 
-    def _collate(self, samples: list[tuple[torch.Tensor, str, str, int]]) -> Batch:
-        images, captions, uids, bad = zip(*samples, strict=True)
+    def _collate(self, samples: list[tuple[torch.Tensor, str, str, list[str]]]) -> Batch:
+        images, captions, uids, reasons = zip(*samples, strict=True)
+        bad = [reason for found in reasons for reason in found]
         return {
             "images": torch.stack(images),
             "tokens": self.tokenizer(captions),
             "uids": list(uids),
-            "bad": sum(bad),
+            "bad": len(bad),
+            "bad_reasons": bad,
         }
 
     def __iter__(self) -> Iterator[Batch]:
@@ -235,25 +237,65 @@ class ShardStream:
         for batch in loader:
             first = self.position
             self.position += self.global_batch_size
+            self._count(batch)
             yield {**batch, "first": first}
+
+    def _count(self, batch: Batch) -> None:
+        self.seen += len(batch["uids"])
+        self.bad.update(batch["bad_reasons"])
+        if self.seen >= JUDGED_AFTER and self.bad.total() > self.max_bad_fraction * self.seen:
+            raise ValueError(
+                f"{self.bad.total()} of {self.seen} pairs could not be used "
+                f"({dict(self.bad)}), more than data.max_bad_fraction={self.max_bad_fraction}: "
+                "curate the pool, or raise it"
+            )
 
     def state_at(self, position: int) -> dict[str, int]:
         """The state of a stream that has delivered `position` pairs."""
-        epoch, index = self.order.place(position)
+        epoch, index = 0, position
+        if len(self.parts) == 1:
+            epoch, index = self.parts[0].order.place(position)
         return {"epoch": epoch, "index": index, "seed": self.seed}
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands: enough to go on exactly there, on any number of ranks."""
         return self.state_at(self.position)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to a state's position. Raises ValueError for a state of another seed."""
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go to a state's position. Raises ValueError for a state of another seed.
+
+        Without late_balance, and with it where the state has the `position` as well, nothing
+        before it is counted.
+        """
         if state["seed"] != self.seed:
             raise ValueError(
                 f"the checkpoint's stream has seed {state['seed']}, this run has {self.seed}: "
                 "its order would be another"
             )
-        self.position = self.order.position(state["epoch"], state["index"])
+        epoch, index = state["epoch"], state["index"]
+        if len(self.parts) > 1:
+            self.position = index
+        elif "position" in state:
+            self.position = state["position"]
+            self.parts[0].order.remember(self.position, epoch, index)
+        else:
+            self.position = self.parts[0].order.position(epoch, index)
+
+
+def sources(
+    shards: str | None, mixture: Sequence[Mapping[str, Any]] | None
+) -> tuple[list[str], list[float]]:
+    """(where, weight) of each dataset. Raises ValueError when not exactly one of them is given."""
+    if (shards is None) == (not mixture):
+        raise ValueError("give data.shards (one dataset) or data.mixture (several), not both")
+    if shards is not None:
+        return [shards], [1.0]
+    for number, entry in enumerate(mixture):
+        if set(entry) != {"shards", "weight"} or not entry["weight"] > 0:
+            raise ValueError(
+                f"data.mixture[{number}] {dict(entry)}: needs shards, and a weight above 0"
+            )
+    return [entry["shards"] for entry in mixture], [entry["weight"] for entry in mixture]
 
 
 class _Plan:

@@ -2,8 +2,8 @@
 checkpoint.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -14,8 +14,7 @@ from pipeline.phases import Phase
 
 
 class ShardData(pl.LightningDataModule):
-    """shards: directory of a dataset. workers: loader processes per rank. window_shards, captions
-    and late_balance: see ShardStream.
+    """workers: loader processes per rank. Everything else: see ShardStream.
 
     transform, tokenizer, phase and seed come from the run, not from the data node.
     """
@@ -23,17 +22,33 @@ class ShardData(pl.LightningDataModule):
     def __init__(
         self,
         *,
-        shards: str,
+        shards: str | None = None,
+        mixture: Sequence[Mapping[str, Any]] | None = None,
         workers: int = 2,
         window_shards: int = 16,
         captions: CaptionSampler | None = None,
         late_balance: bool = False,
+        verify: Literal["size", "sha256", "none"] = "size",
+        cache: str | None = None,
+        cache_gib: float = 100.0,
+        max_bad_fraction: float = 0.1,
     ):
         super().__init__()
-        self.shards, self.workers, self.window_shards = shards, workers, window_shards
-        self.captions, self.late_balance = captions, late_balance
+        self.knobs = {
+            "shards": shards,
+            "mixture": mixture,
+            "workers": workers,
+            "window_shards": window_shards,
+            "captions": captions,
+            "late_balance": late_balance,
+            "verify": verify,
+            "cache": cache,
+            "cache_gib": cache_gib,
+            "max_bad_fraction": max_bad_fraction,
+        }
         self.run: dict[str, Any] = {}
         self.stream: ShardStream | None = None
+        self.state: dict[str, Any] | None = None
 
     def for_run(
         self,
@@ -55,32 +70,40 @@ class ShardData(pl.LightningDataModule):
 
     def open(self, *, rank: int, world_size: int) -> ShardStream:
         """The stream of one rank."""
-        self.stream = ShardStream(
-            shards=self.shards,
-            workers=self.workers,
-            window_shards=self.window_shards,
-            captions=self.captions,
-            late_balance=self.late_balance,
-            rank=rank,
-            world_size=world_size,
-            **self.run,
-        )
+        self.stream = ShardStream(rank=rank, world_size=world_size, **self.knobs, **self.run)
         return self.stream
 
     def train_dataloader(self) -> ShardStream:
         stream = self.open(rank=self.trainer.global_rank, world_size=self.trainer.world_size)
+        if self.state is not None:
+            stream.load_state_dict(self.state)
         # The loader reads ahead of the optimizer, so the position is counted in finished steps.
         stream.position = self.phase.samples_at(self.trainer.global_step)
         return stream
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         done = self.phase.samples_at(self.trainer.global_step)
-        return {**self.stream.state_at(done), "pairs": len(self.stream)}
+        return {
+            **self.stream.state_at(done),
+            "position": done,
+            "pairs": len(self.stream),
+            "phase": self.phase.name,
+        }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        # The stream is opened later; global_step gives the position. Here only what must agree.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        # The stream is opened later; global_step gives the position. Here what must agree within a
+        # phase: the next may read other data, and goes on at its count of pairs.
+        if state.get("phase", "") != self.phase.name:
+            return
         if state["seed"] != self.run["seed"]:
             raise ValueError(
                 f"the checkpoint's data order has seed {state['seed']}, this run has "
                 f"{self.run['seed']}: set seed={state['seed']} or give the run another name"
             )
+        if self.stream is not None and state["pairs"] != len(self.stream):
+            raise ValueError(
+                f"the checkpoint's data had {state['pairs']} pairs, data.shards has "
+                f"{len(self.stream)}: its order would be another; give those shards back, or the "
+                "run another name"
+            )
+        self.state = state

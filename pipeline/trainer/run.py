@@ -41,6 +41,10 @@ OPERATIONAL = (
     "tracking",
     "data.workers",
     "data.shards",  # may have moved; the number of pairs in it is compared with the checkpoint
+    "data.verify",
+    "data.cache",
+    "data.cache_gib",
+    "data.max_bad_fraction",
 )
 
 
