@@ -16,6 +16,7 @@ from pipeline.evals.trained import TrainedClip
 from pipeline.models.clip import CLIP
 from pipeline.models.text import TextTransformer
 from pipeline.models.vit import VisionTransformer
+from pipeline.phases import phases
 from pipeline.tokens.attentive import AttentiveTokens
 from pipeline.trainer.module import ContrastiveModule
 
@@ -116,8 +117,7 @@ def test_evaluation_sees_everything() -> None:
         text_tokens=build(cfg.text_tokens),
         optimizer=None,
         schedule=None,
-        samples_seen=1,
-        global_batch_size=1,
+        phase=phases(cfg)[0],
         micro_batch_size=None,
         gradient_clip_norm=None,
         log_every_steps=1,
