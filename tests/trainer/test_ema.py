@@ -1,5 +1,6 @@
 """The moving average beside a run: in step with the optimizer, in the checkpoint."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,12 +83,14 @@ def expected(module: Regression, first: dict[str, Tensor], decays: list[float]) 
     return average
 
 
-def test_an_average_of_the_weights_after_each_step(tmp_path: Path) -> None:
-    module, ema = Regression(skip=(2, 3)), Ema(decay=0.5)
+@pytest.mark.parametrize("final", [None, 1.0])
+def test_an_average_of_the_weights_after_each_step(tmp_path: Path, final: float | None) -> None:
+    module, ema = Regression(skip=(2, 3)), Ema(decay=0.5, final_decay=final)
+    decays = [0.5 if final is None else 0.75 - 0.25 * math.cos(math.pi * k / 4) for k in range(4)]
     first = {name: p.detach().clone() for name, p in module.model.named_parameters()}
     fit(module, ema, tmp_path, steps=4)
     assert len(module.history) == 4  # two of six batches were skipped, and not averaged
-    for name, average in expected(module, first, [0.5] * 4).items():
+    for name, average in expected(module, first, decays).items():
         torch.testing.assert_close(
             ema.average.weights[name].double(), average, rtol=1e-6, atol=1e-7
         )
