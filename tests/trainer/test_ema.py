@@ -12,6 +12,10 @@ from torch.utils.data import DataLoader
 
 from pipeline.check import composed
 from pipeline.config import check
+from pipeline.models.clip import CLIP
+from pipeline.models.resize import resize_positions
+from pipeline.models.text import TextTransformer
+from pipeline.models.vit import VisionTransformer
 from pipeline.optim.adamw import AdamW
 from pipeline.phases import phases
 from pipeline.trainer.callbacks.ema import Ema
@@ -129,6 +133,28 @@ def test_frozen_parameters_join_when_they_are_trained(tmp_path: Path) -> None:
     ema.on_train_batch_end(trainer, module)
     assert set(ema.average.weights) == set(dict(module.model.named_parameters()))
     assert torch.equal(ema.average.weights["image.weight"], moved)
+
+
+def test_averaged_positions_are_resized_as_the_weights_are() -> None:
+    """What the next phase's module finds in the checkpoint of the phase before."""
+    small, large = (
+        CLIP(
+            image=VisionTransformer(image_size=size, patch_size=4, width=8, layers=1, heads=1),
+            text=TextTransformer(vocab_size=9, context_length=5, width=8, layers=1, heads=1),
+            embed_dim=4,
+        )
+        for size in (8, 16)
+    )
+    before, ema = Ema(decay=0.5), Ema(decay=0.5)
+    trainer = SimpleNamespace(global_step=0, max_steps=2)
+    before.on_train_start(trainer, SimpleNamespace(model=small))
+    ema.load_state_dict(before.state_dict())
+    ema.on_train_start(trainer, SimpleNamespace(model=large))
+    expected, changes = resize_positions(small.state_dict(), large)
+    assert changes == {"image.position": (5, 17)}
+    assert set(ema.average.weights) == set(expected)
+    for name, average in ema.average.weights.items():
+        assert torch.equal(average, expected[name]), name
 
 
 def test_a_resized_parameter_starts_anew() -> None:
