@@ -179,11 +179,14 @@ def check_whole(groups: Sequence[Mapping[str, Any]], what: str) -> None:
 def describe(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """A row of text for each group, for the table a run begins with.
 
-    Columns: lr, weight decay, tensors, parameters (elements), names (block numbers as `*`).
+    Columns: lr, weight decay, tensors, parameters (elements), names (block numbers as `*` where
+    a group has several blocks).
     """
     rows = []
     for group in groups:
-        names = [re.sub(r"\.\d+\.", ".*.", model_name(name)) for name in group["names"]]
+        names = [model_name(name) for name in group["names"]]
+        if len({block_of(name) for name in names} - {None}) > 1:
+            names = [re.sub(r"\.\d+\.", ".*.", name) for name in names]
         count = sum(math.prod(shape_of(parameter)) for parameter in group["params"])
         rows.append(
             {

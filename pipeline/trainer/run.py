@@ -18,6 +18,7 @@ from torch import nn
 
 from pipeline.config import build
 from pipeline.losses.objective import Objective
+from pipeline.optim.groups import describe
 from pipeline.phases import Phase, flat, phases
 from pipeline.tracking.metrics import MetricsFile
 from pipeline.trainer.callbacks.progress import PairsProgress
@@ -219,6 +220,16 @@ def derived_table(title: str, columns: Mapping[str, Mapping[str, str]]) -> Table
     return table
 
 
+def groups_table(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """Which rate and decay every parameter has."""
+    table, rows = Table(title="learning rates", title_justify="left"), describe(groups)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column == "names" else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
 def train_phase(phase: Phase, directory: Path, logger: list[Logger], newest: Path | None) -> None:
     """Train one phase to its end, from a checkpoint of it or of the phase before."""
     cfg = phase.config
@@ -232,7 +243,9 @@ def train_phase(phase: Phase, directory: Path, logger: list[Logger], newest: Pat
     stream = data.open(rank=trainer.global_rank, world_size=trainer.world_size)
     if trainer.is_global_zero:
         rows = derived(phase, module, len(stream), trainer.world_size)
-        Console(stderr=True).print(derived_table(f"{directory}", {phase.name: rows}))
+        console = Console(stderr=True)
+        console.print(derived_table(f"{directory}", {phase.name: rows}))
+        console.print(groups_table(module.configure_optimizers().param_groups))
         if newest is not None:
             log.info("continuing from %s", newest)
         for one in logger:

@@ -144,6 +144,10 @@ def test_the_table_tells_every_group() -> None:
     counts = [int(row["parameters"].replace(",", "")) for row in rows]
     assert sum(counts) == sum(parameter.numel() for parameter in model.parameters())
     assert rows[0]["names"].count("image.transformer.blocks.*.attention.qkv.weight") == 1
+    towers = {"image": {"layer_decay": 0.5}}
+    deep = describe(Rates(lr=0.1, weight_decay=0.2, towers=towers).groups(model))
+    first_block = next(row for row in deep if "image.transformer.blocks.0" in row["names"])
+    assert first_block["lr"] == "0.0125" and "blocks.*" not in first_block["names"]
     assert "log_logit_scale" in rows[1]["names"] and "log_logit_scale" not in rows[0]["names"]
 
 

@@ -1,5 +1,6 @@
 """The moving average beside a run: in step with the optimizer, in the checkpoint."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,10 @@ from torch.utils.data import DataLoader
 
 from pipeline.check import composed
 from pipeline.config import check
+from pipeline.models.clip import CLIP
+from pipeline.models.resize import resize_positions
+from pipeline.models.text import TextTransformer
+from pipeline.models.vit import VisionTransformer
 from pipeline.optim.adamw import AdamW
 from pipeline.phases import phases
 from pipeline.trainer.callbacks.ema import Ema
@@ -82,12 +87,14 @@ def expected(module: Regression, first: dict[str, Tensor], decays: list[float]) 
     return average
 
 
-def test_an_average_of_the_weights_after_each_step(tmp_path: Path) -> None:
-    module, ema = Regression(skip=(2, 3)), Ema(decay=0.5)
+@pytest.mark.parametrize("final", [None, 1.0])
+def test_an_average_of_the_weights_after_each_step(tmp_path: Path, final: float | None) -> None:
+    module, ema = Regression(skip=(2, 3)), Ema(decay=0.5, final_decay=final)
+    decays = [0.5 if final is None else 0.75 - 0.25 * math.cos(math.pi * k / 4) for k in range(4)]
     first = {name: p.detach().clone() for name, p in module.model.named_parameters()}
     fit(module, ema, tmp_path, steps=4)
     assert len(module.history) == 4  # two of six batches were skipped, and not averaged
-    for name, average in expected(module, first, [0.5] * 4).items():
+    for name, average in expected(module, first, decays).items():
         torch.testing.assert_close(
             ema.average.weights[name].double(), average, rtol=1e-6, atol=1e-7
         )
@@ -126,6 +133,28 @@ def test_frozen_parameters_join_when_they_are_trained(tmp_path: Path) -> None:
     ema.on_train_batch_end(trainer, module)
     assert set(ema.average.weights) == set(dict(module.model.named_parameters()))
     assert torch.equal(ema.average.weights["image.weight"], moved)
+
+
+def test_averaged_positions_are_resized_as_the_weights_are() -> None:
+    """What the next phase's module finds in the checkpoint of the phase before."""
+    small, large = (
+        CLIP(
+            image=VisionTransformer(image_size=size, patch_size=4, width=8, layers=1, heads=1),
+            text=TextTransformer(vocab_size=9, context_length=5, width=8, layers=1, heads=1),
+            embed_dim=4,
+        )
+        for size in (8, 16)
+    )
+    before, ema = Ema(decay=0.5), Ema(decay=0.5)
+    trainer = SimpleNamespace(global_step=0, max_steps=2)
+    before.on_train_start(trainer, SimpleNamespace(model=small))
+    ema.load_state_dict(before.state_dict())
+    ema.on_train_start(trainer, SimpleNamespace(model=large))
+    expected, changes = resize_positions(small.state_dict(), large)
+    assert changes == {"image.position": (5, 17)}
+    assert set(ema.average.weights) == set(expected)
+    for name, average in ema.average.weights.items():
+        assert torch.equal(average, expected[name]), name
 
 
 def test_a_resized_parameter_starts_anew() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
+from pipeline.models.resize import resize_positions
 from pipeline.optim.average import ExponentialAverage
 from pipeline.trainer.checkpoints import Checkpoints
 
@@ -17,10 +18,10 @@ class Ema(pl.Callback):
 
     decay, final_decay: see pipeline.optim.average.ExponentialAverage.
     In a run of phases a cosine of the decay ends with the phase that is running.
-    Averaged is every parameter of the module's `model` that has been trained so far; a parameter
-    that a phase has resized starts anew. Works with whole parameters (DDP, ZeRO-1/2) and with
-    FSDP2's shards. The checkpoint holds {"step": steps averaged, "weights": {name: float32}},
-    whole whatever the strategy, names as in the model's state_dict.
+    Averaged is every parameter of the module's `model` that has been trained so far; position
+    tables are resized with the weights' between phases. Works with whole parameters (DDP,
+    ZeRO-1/2) and with FSDP2's shards. The checkpoint holds {"step": steps averaged,
+    "weights": {name: float32}}, whole whatever the strategy, names as in the model's state_dict.
     Price: four bytes a parameter of device memory, one pass over the weights a step.
     Raises ValueError under ZeRO-3, whose parameters are not tensors between steps.
     """
@@ -43,6 +44,7 @@ class Ema(pl.Callback):
                 "use strategy ddp, fsdp, or ZeRO-1/2"
             )
         self.step = trainer.global_step
+        self.average.weights, _ = resize_positions(self.average.weights, pl_module.model)
         self.average.place(named)
         self._follow(named)
 
