@@ -24,7 +24,8 @@ class QueryValueBias(nn.Linear):
         self.bias = nn.Parameter(torch.zeros(2 * width))
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.bias)  # the weights are the transformer's to draw
+        super().reset_parameters()
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         query, value = self.bias.chunk(2)

@@ -176,7 +176,7 @@ class VisionTransformer(nn.Module):
     def tokens(
         self, images: Tensor, kept: Tensor | None = None, at: Tensor | None = None
     ) -> Tensor:
-        """(B, P + K, W): all tokens after the last block, before `ln_post`. at: as Transformer's."""
+        """(B, P + K, W): all tokens after the last block, before `ln_post`. at: see Transformer."""
         rotary = None if self.rotary is None else self.rotary(kept)
         return self.transformer(self.embed(images, kept), rotary, at=at)
 
