@@ -103,9 +103,8 @@ class VisionTransformer(nn.Module):
         self._initialise_tables()
         self.rotary = None
         if rotary_grid is not None:
-            self.rotary = Rotary(
-                side=side, grid=rotary_grid, head_width=width // heads, prefix=self.num_prefix
-            )
+            head, prefix = width // heads, self.num_prefix
+            self.rotary = Rotary(side=side, grid=rotary_grid, head_width=head, prefix=prefix)
         self.ln_pre = style.make_norm(width) if ln_pre else nn.Identity()
         self.transformer = Transformer(
             width=width,
@@ -117,16 +116,17 @@ class VisionTransformer(nn.Module):
             activation_checkpointing=activation_checkpointing,
         )
         self.ln_post = style.make_norm(width)
-        if pooling == "map":
-            self.pool: nn.Module = AttentionPool(
+        self.pool = (
+            WITHOUT_WEIGHTS[pooling]()
+            if pooling in WITHOUT_WEIGHTS
+            else AttentionPool(
                 width=width,
                 heads=heads,
                 hidden=int(width * mlp_ratio),
                 activation=activation,
                 norm=style.make_norm(width),
             )
-        else:
-            self.pool = WITHOUT_WEIGHTS[pooling]()
+        )
 
     def _make_tables(self, class_token: bool, positions: str) -> None:
         self.positions = positions
