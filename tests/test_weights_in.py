@@ -1,5 +1,7 @@
 """Checkpoints as first weights. Those of open_clip and timm: tests/peer/test_weights_in.py."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -87,6 +89,38 @@ def test_a_clip_model_of_transformers_embeds_as_it_did(clip_model):
         other = torch.nn.functional.normalize(other, dim=-1)
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
     torch.testing.assert_close(model.log_logit_scale, theirs.logit_scale)
+
+
+def test_what_only_the_config_says_is_compared(clip_model, tmp_path):
+    path, _ = clip_model
+    model = ours(seed=5)
+    model.text.transformer.blocks[0].attention.heads = 2
+    for block in model.image.transformer.blocks:
+        block.mlp.activation = torch.nn.GELU()
+    with pytest.raises(ValueError, match="image.activation was quick_gelu, here gelu") as error:
+        InitialWeights(model=path).apply(model)
+    assert "model.text.heads was 4, here 2" in str(error.value)
+    source = ours(seed=3)
+    for name, key in (("image", "head_width"), ("text", "heads")):
+        folder = tmp_path / name
+        folder.mkdir()
+        weights = OPEN_CLIP.write(source.state_dict())
+        as_safetensors(
+            {n: t.contiguous() for n, t in weights.items()},
+            folder / "open_clip_model.safetensors",
+        )
+        config = {
+            "quick_gelu": True,
+            "vision_cfg": {"width": 32, "head_width": 8},
+            "text_cfg": {"heads": 4},
+        }
+        part = {"image": "vision_cfg", "text": "text_cfg"}[name]
+        config[part][key] = 16
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+        with pytest.raises(ValueError, match=rf"model\.{name}\.heads was \d+, here 4"):
+            InitialWeights(**{name: str(folder)}).apply(ours(seed=5))
+        other = {"image": "text", "text": "image"}[name]
+        InitialWeights(**{other: str(folder)}).apply(ours(seed=5))
 
 
 def test_each_tower_from_its_own_checkpoint(clip_model, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.formats.checkpoint_file import load_weights
+from pipeline.formats.declared import differences
 from pipeline.formats.names import LAYOUTS, Layout
 from pipeline.models.clip import CLIP
 from pipeline.models.resize import resize_positions
@@ -42,7 +43,8 @@ class InitialWeights:
     of it only the tower is read: a projection belongs to the space it was trained into.
     may_stay_new: regular expressions of our weights that checkpoints need not hold; may_be_unused:
     of weights in them that are not wanted. Anything else left over is an error, as is another
-    shape. Position tables of another size are resized; lengthen: see models.resize.resize_rows.
+    shape, and a tower that differs in heads, activation or eps from a config beside the weights.
+    Position tables of another size are resized; lengthen: see models.resize.resize_rows.
     """
 
     def __init__(
@@ -81,8 +83,8 @@ class InitialWeights:
         problems += [f"{name}: in no checkpoint" for name in _unlisted(missing, self.may_stay_new)]
         if problems:
             raise ValueError(
-                f"{len(problems)} weights do not fit (may_stay_new and may_be_unused take regular "
-                "expressions of those that need not):\n"
+                f"{len(problems)} things do not fit (may_stay_new and may_be_unused take regular "
+                "expressions of weights that need not):\n"
                 + "\n".join(f"  {line}" for line in problems)
             )
         with torch.no_grad():
@@ -96,6 +98,7 @@ class InitialWeights:
     ) -> dict[str, Tensor]:
         theirs = load_weights(path)
         layout = layout_of(theirs, path)
+        problems += differences(model, path, part)
         ours, used = {}, set()
         for name in (name for name in model.state_dict() if name.startswith(part)):
             tensor, names = layout.read(theirs, name)

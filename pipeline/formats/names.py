@@ -146,7 +146,7 @@ class Layout:
 OPEN_CLIP = Layout(
     rules=OPEN_CLIP_RULES,
     mark="visual.conv1.weight",
-    image_part="visual.",
+    image_part=r"visual\.(?!proj$)",
     text_part=r"(token_embedding|positional_embedding|transformer|ln_final)",
     transposed=("visual.proj", "text_projection"),  # open_clip multiplies from the right
 )

@@ -24,7 +24,8 @@ class QueryValueBias(nn.Linear):
         self.bias = nn.Parameter(torch.zeros(2 * width))
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.bias)  # the weights are the transformer's to draw
+        super().reset_parameters()
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         query, value = self.bias.chunk(2)
@@ -42,6 +43,11 @@ def check_heads(width: int, heads: int) -> None:
     """Raise ValueError unless heads divides width."""
     if width % heads:
         raise ValueError(f"width {width} is not a multiple of heads {heads}: change one of them")
+
+
+def pick(x: Tensor, at: Tensor) -> Tensor:
+    """(B, N, ...) and (B,) -> (B, 1, ...): one token of each row."""
+    return x[torch.arange(len(x), device=x.device), at].unsqueeze(1)
 
 
 class Attention(nn.Module):
@@ -90,13 +96,22 @@ class Attention(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor] | None = None,
         seen: Tensor | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """seen: (B, N) bool, the tokens that may be looked at; None for all."""
+        """seen: (B, N) bool, the tokens that may be looked at; None for all.
+
+        at: (B,) int64, the one token of each row that looks, and the answer is (B, 1, W); None for
+        all, (B, N, W).
+        """
         query, key, value = self.heads_of(x, rotary)
+        causal = self.causal
+        if at is not None:
+            query = pick(query.transpose(1, 2), at).transpose(1, 2)
+            if causal:
+                before = torch.arange(x.shape[1], device=x.device) <= at[:, None]
+                seen, causal = before if seen is None else before & seen, False
         mask = None if seen is None else seen[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=self.causal
-        )
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
         return self.out(self.norm_mixed(mixed.transpose(1, 2).flatten(2)))
 
 

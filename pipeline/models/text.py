@@ -92,19 +92,18 @@ class TextTransformer(nn.Module):
         words = None if self.pad_id is None else not_padding(tokens, self.pad_id)
         # Under causal attention no word comes after padding, and a mask would only cost.
         seen = None if self.causal else words
-        x = self.transformer(self.token_embed(tokens) + position, seen=seen)
+        x = self.token_embed(tokens) + position
         if self.pooling == "mean":
-            return mean_of(self.ln_final(x), words)
-        return self.ln_final(self._pooled(x, tokens))
+            return mean_of(self.ln_final(self.transformer(x, seen=seen)), words)
+        return self.ln_final(self.transformer(x, seen=seen, at=self._pooled_at(tokens))[:, 0])
 
-    def _pooled(self, x: Tensor, tokens: Tensor) -> Tensor:
-        if self.pooling == "first":
-            return x[:, 0]
-        if self.pooling == "last":
-            return x[:, -1]
-        row = torch.arange(len(tokens), device=tokens.device)
+    def _pooled_at(self, tokens: Tensor) -> Tensor:
+        """(B,) places."""
+        if self.pooling in ("first", "last"):
+            place = 0 if self.pooling == "first" else tokens.shape[1] - 1
+            return torch.full((len(tokens),), place, device=tokens.device)
         ends = tokens if self.eot_id is None else (tokens == self.eot_id).int()
-        return x[row, ends.argmax(dim=1)]
+        return ends.argmax(dim=1)
 
 
 def not_padding(tokens: Tensor, pad_id: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.models.attention import Attention, check_heads
+from pipeline.models.attention import Attention, check_heads, pick
 from pipeline.models.mlp import make_mlp
 from pipeline.models.norm import LayerScale, make_norm
 
@@ -91,8 +91,11 @@ class Block(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor] | None = None,
         seen: Tensor | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.gain_1(self.attention(self.norm_1(x), rotary, seen))
+        """at: (B,), the one token wanted of each row, (B, 1, W); see Attention."""
+        mixed = self.attention(self.norm_1(x), rotary, seen, at)
+        x = (x if at is None else pick(x, at)) + self.gain_1(mixed)
         return x + self.gain_2(self.mlp(self.norm_2(x)))
 
 
@@ -104,8 +107,10 @@ class PostNormBlock(Block):
         x: Tensor,
         rotary: tuple[Tensor, Tensor] | None = None,
         seen: Tensor | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.gain_1(self.norm_1(self.attention(x, rotary, seen)))
+        mixed = self.norm_1(self.attention(x, rotary, seen, at))
+        x = (x if at is None else pick(x, at)) + self.gain_1(mixed)
         return x + self.gain_2(self.norm_2(self.mlp(x)))
 
 
@@ -167,12 +172,21 @@ class Transformer(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor] | None = None,
         seen: Tensor | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """rotary: cosines and sines of `position.Rotary`. seen: (B, N) bool, see Attention."""
+        """rotary: cosines and sines of `position.Rotary`. seen: (B, N) bool, see Attention.
+
+        at: (B,) int64, the one token wanted of each row; returns (B, 1, W). The last block then
+        computes no other: nobody reads them, and 9 / 12 of a block's work is saved (6 % of a tower
+        of 12).
+        """
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for block in self.blocks:
-            if recompute:
-                x = checkpoint(block, x, rotary, seen, use_reentrant=False)
-            else:
-                x = block(x, rotary, seen)
+        last = len(self.blocks) - 1
+        for number, block in enumerate(self.blocks):
+            arguments = (x, rotary, seen, at if number == last else None)
+            x = (
+                checkpoint(block, *arguments, use_reentrant=False)
+                if recompute
+                else block(*arguments)
+            )
         return x

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.pooling import POOLINGS, WITHOUT_WEIGHTS, AttentionPool
+from pipeline.models.pooling import POOLINGS, WITHOUT_WEIGHTS, AttentionPool, ClassToken
 from pipeline.models.position import Rotary, sincos_table
 from pipeline.models.transformer import BlockStyle, Transformer
 
@@ -103,9 +103,8 @@ class VisionTransformer(nn.Module):
         self._initialise_tables()
         self.rotary = None
         if rotary_grid is not None:
-            self.rotary = Rotary(
-                side=side, grid=rotary_grid, head_width=width // heads, prefix=self.num_prefix
-            )
+            head, prefix = width // heads, self.num_prefix
+            self.rotary = Rotary(side=side, grid=rotary_grid, head_width=head, prefix=prefix)
         self.ln_pre = style.make_norm(width) if ln_pre else nn.Identity()
         self.transformer = Transformer(
             width=width,
@@ -117,16 +116,17 @@ class VisionTransformer(nn.Module):
             activation_checkpointing=activation_checkpointing,
         )
         self.ln_post = style.make_norm(width)
-        if pooling == "map":
-            self.pool: nn.Module = AttentionPool(
+        self.pool = (
+            WITHOUT_WEIGHTS[pooling]()
+            if pooling in WITHOUT_WEIGHTS
+            else AttentionPool(
                 width=width,
                 heads=heads,
                 hidden=int(width * mlp_ratio),
                 activation=activation,
                 norm=style.make_norm(width),
             )
-        else:
-            self.pool = WITHOUT_WEIGHTS[pooling]()
+        )
 
     def _make_tables(self, class_token: bool, positions: str) -> None:
         self.positions = positions
@@ -165,15 +165,20 @@ class VisionTransformer(nn.Module):
         kept: (B, K) int64 patch indices in [0, N), row-major, without the class token, in any
         order; None keeps all. A kept patch has the position of the place it came from.
         """
+        if isinstance(self.pool, ClassToken):
+            first = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+            return self.ln_post(self.tokens(images, kept, at=first)[:, 0])
         x = self.tokens(images, kept)
         if self.norm_before_pooling:
             return self.pool(self.ln_post(x), self.num_prefix)
         return self.ln_post(self.pool(x, self.num_prefix))
 
-    def tokens(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
-        """(B, P + K, W): every token after the last block, before `ln_post`."""
+    def tokens(
+        self, images: Tensor, kept: Tensor | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        """(B, P + K, W): all tokens after the last block, before `ln_post`. at: see Transformer."""
         rotary = None if self.rotary is None else self.rotary(kept)
-        return self.transformer(self.embed(images, kept), rotary)
+        return self.transformer(self.embed(images, kept), rotary, at=at)
 
     def embed(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """(B, P + K, W): what the first block is given."""

@@ -114,3 +114,26 @@ def test_hidden_tokens_are_not_looked_at() -> None:
     expected = layer(x[:1, seen[0]])
     torch.testing.assert_close(layer(x, seen=seen)[:1, seen[0]], expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(layer(x, seen=seen)[1:], layer(x[1:]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("style", ["before", "after"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_one_token_is_what_it_is_among_all(causal: bool, style: str) -> None:
+    """Value and gradient, though the last block computes no other."""
+    torch.manual_seed(0)
+    block = BlockStyle(norm_place=style)
+    model = Transformer(width=8, layers=3, heads=2, causal=causal, block=block).double()
+    x = torch.randn(4, 6, 8, dtype=torch.float64, requires_grad=True)
+    at = torch.tensor([0, 5, 2, 2])
+    seen = torch.ones(4, 6, dtype=torch.bool)
+    seen[2, 1] = False
+    visible = None if causal else seen
+    one, whole = model(x, seen=visible, at=at), model(x, seen=visible)[torch.arange(4), at]
+    torch.testing.assert_close(one[:, 0], whole, rtol=0, atol=1e-12)
+    weights = torch.randn(4, 8, dtype=torch.float64)
+    inputs = [x, *model.parameters()]
+    ours, theirs = (
+        torch.autograd.grad((out * weights).sum(), inputs) for out in (one[:, 0], whole)
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)

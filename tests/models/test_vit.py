@@ -223,9 +223,10 @@ def test_cost_is_that_of_the_kept_tokens() -> None:
     patches = model.patch_embed(small)
     assert patches.shape == (2, 7, 24)
     tokens = torch.randn(2, 8, 24)
+    first = torch.zeros(2, dtype=torch.int64)
     with FlopCounterMode(display=False) as needed, torch.no_grad():
         model.patch_embed(small)
-        model.transformer(tokens)
+        model.transformer(tokens, at=first)
     assert dropped.get_total_flops() == needed.get_total_flops() > 0
 
 

@@ -111,25 +111,36 @@ def in_open_clip(*jobs):
     return [torch.load(folder / "outputs.pt", weights_only=True) for _, _, folder in jobs]
 
 
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
-@pytest.mark.parametrize("vocabulary", ["clip", "small"])
-def test_open_clip_embeds_as_we_do(vocabulary, activation, tmp_path):
-    captions = CAPTIONS + pool_captions(1000)
-    path = "clip"
-    if vocabulary == "small":
-        path = str(tmp_path / "bpe")
-        train_bpe(captions, vocab_size=1000, directory=path)
-    trained = make(path, activation)
-    OpenClip().write(trained, tmp_path / "exported")
-    images = pictures()
-    inputs = {
-        "pixels": torch.randn(5, 3, 24, 24),
-        "images": images,
-        "captions": captions,
-        "token_ids": trained.tokenizer(captions),
-    }
-    (theirs,) = in_open_clip((tmp_path / "exported", inputs, tmp_path))
+KINDS = [(words, kind) for words in ("clip", "small") for kind in ("gelu", "quick_gelu")]
 
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(vocabulary, activation) -> (our model, its inputs, what open_clip makes of its export)."""
+    captions = CAPTIONS + pool_captions(1000)
+    small = str(tmp_path_factory.mktemp("bpe"))
+    train_bpe(captions, vocab_size=1000, directory=small)
+    models, jobs = [], []
+    for vocabulary, activation in KINDS:
+        folder = tmp_path_factory.mktemp("exported")
+        trained = make("clip" if vocabulary == "clip" else small, activation)
+        OpenClip().write(trained, folder / "exported")
+        inputs = {
+            "pixels": torch.randn(5, 3, 24, 24),
+            "images": pictures(),
+            "captions": captions,
+            "token_ids": trained.tokenizer(captions),
+        }
+        models.append(trained)
+        jobs.append((folder / "exported", inputs, folder))
+    found = zip(models, (inputs for _, inputs, _ in jobs), in_open_clip(*jobs), strict=True)
+    return dict(zip(KINDS, found, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_open_clip_embeds_as_we_do(kind, exported):
+    trained, inputs, theirs = exported[kind]
+    images, captions = inputs["images"], inputs["captions"]
     with torch.no_grad():
         image_embed = trained.model.encode_image(inputs["pixels"])
     text_embed = trained.text_embed(captions)
