@@ -340,8 +340,8 @@ def report(options: argparse.Namespace) -> str:
         "`python benchmarks/loader.py --photographs DIR --work DIR --output FILE`",
         "",
         f"JPEGs of {WIDTH}x{HEIGHT}, quality {QUALITY}, crops of 0.9 to 1.0 of the area.",
-        "open_clip's way ends in normalised floats, ours in uint8 for the device; the",
-        'rows "normalised on the CPU" pay for that as well. PSNR in dB: mean (least).',
+        "open_clip's way ends in normalised floats, ours in uint8, which the device normalises;",
+        'the rows "normalised on the CPU" pay for that as well. PSNR in dB: mean (least).',
     ]
     for name, data in sets.items():
         size = np.mean([len(image) for image in data]) / 1000

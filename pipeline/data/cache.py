@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 
@@ -116,21 +116,25 @@ class FileCache:
         claim.parent.mkdir(parents=True, exist_ok=True)
         until = time.monotonic() + PATIENCE_SECONDS
         with open(claim, "wb") as file:
-            while True:
-                with self.locked(self.directory / "room"):
-                    if self._make_room(needed):
-                        fcntl.flock(file, fcntl.LOCK_EX)
-                        break
-                if time.monotonic() > until:
-                    raise ValueError(
-                        f"cache_gib {self.gib:g}: {self.directory} is full of shards that are "
-                        "being read; raise data.cache_gib or lower data.window_shards"
-                    )
-                time.sleep(0.05)  # others finish writing, or opening what we could remove
             try:
+                while not self._claim(file, needed):
+                    if time.monotonic() > until:
+                        raise ValueError(
+                            f"cache_gib {self.gib:g}: {self.directory} is full of shards that are "
+                            "being read; raise data.cache_gib or lower data.window_shards"
+                        )
+                    time.sleep(0.05)  # others finish writing, or opening what we could remove
                 yield
             finally:
                 claim.unlink(missing_ok=True)
+
+    def _claim(self, file: BinaryIO, needed: int) -> bool:
+        """Hold a claim, if there is room for it: one process at a time decides."""
+        with self.locked(self.directory / "room"):
+            if not self._make_room(needed):
+                return False
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return True
 
     def _make_room(self, needed: int) -> bool:
         taken = self._claimed() + needed

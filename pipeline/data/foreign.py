@@ -102,7 +102,7 @@ def members(data: mmap.mmap | bytes, name: str) -> Iterator[tuple[str, int, int]
         except ValueError as error:
             raise ValueError(f"{name}: no tar header at byte {position}; copy it again") from error
         start = position + BLOCK
-        if start + size > end:
+        if size < 0 or start + size > end:  # a negative one would send us round for ever
             break
         if kind == b"L":  # GNU: the next member's name
             longer = data[start : start + size].rstrip(b"\0").decode(errors="replace")

@@ -159,6 +159,15 @@ def test_headers_of_every_form_are_understood(form):
     assert list(members(sink.getvalue(), "x")) == wanted and len(wanted) == len(names)
 
 
+def test_gnu_headers_have_no_prefix():
+    """GNU keeps times where POSIX has the prefix of a long name."""
+    info = tarfile.TarInfo("a.txt")
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[345:357] = b"14700000000\0"
+    data = bytes(header) + bytes(1024)
+    assert [path for path, _, _ in members(data, "x")] == ["a.txt"]
+
+
 def test_a_tar_that_is_cut_or_none_is_named(tars):
     path = tars / "00001.tar"
     data = path.read_bytes()
@@ -166,6 +175,7 @@ def test_a_tar_that_is_cut_or_none_is_named(tars):
         [
             (data[: len(data) // 2], r"00001\.tar: ends at byte \d+ without"),
             (data[: len(data) // 3], r"00001\.tar: ends at byte \d+ without"),
+            (data[:124] + b"-0001000000\0" + data[136:], r"00001\.tar: ends at byte"),
             (b"", r"00001\.tar: 0 bytes"),
             (b"<html>not found</html>" * 100, r"00001\.tar: no tar header"),
         ]

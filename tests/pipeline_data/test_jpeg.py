@@ -49,11 +49,13 @@ def test_a_crop_is_close_to_pil(size, fast, decibels, colours):
         crop, taken = jpeg.cropped(data, header, box, size, fast=fast)
         assert crop.shape == (3, size, size) and crop.dtype == torch.uint8
         assert psnr(crop, image, taken, size) > decibels
+        grid = 8 / jpeg.eighths(box, size) if fast else 1
+        whole, _ = jpeg.cropped(data, header, box, size, fast=False)
+        assert torch.equal(crop, whole) == (grid == 1)
         for axis, shift in ((0, 3), (0, -3), (1, 3), (1, -3)):  # it lies where it says
             moved = [side + shift * (k % 2 == axis) for k, side in enumerate(taken)]
             if min(moved) >= 0 and moved[2] <= 500 and moved[3] <= 375:
                 assert psnr(crop, image, moved, size) < psnr(crop, image, taken, size) - 1
-        grid = 8 / jpeg.eighths(box, size) if fast else 1
         assert max(abs(a - b) for a, b in zip(box, taken, strict=True)) <= grid / 2 + 1e-6
 
 

@@ -62,13 +62,14 @@ def test_a_mixture_keeps_its_shares_at_every_block(weights):
 
 
 def test_a_mixture_is_shuffled_within_its_blocks():
-    sources = [Interleaving([1, 1], seed=0)(n)[0] for n in range(40 * BLOCK)]
+    orders = [Interleaving([1, 1], seed=seed) for seed in (0, 1)]
+    sources, others = ([order(n)[0] for n in range(40 * BLOCK)] for order in orders)
     runs = 1 + np.count_nonzero(np.diff(sources))
     # runs of a random order of n and n: n + 1, variance n(n - 1) / (2n - 1)
     half = BLOCK / 2
     deviation = (40 * half * (half - 1) / (BLOCK - 1)) ** 0.5
     assert abs(runs - 40 * (half + 0.5)) < 4 * deviation
-    assert sources != [Interleaving([1, 1], seed=1)(n)[0] for n in range(40 * BLOCK)]
+    assert sources != others
 
 
 def test_a_far_position_of_a_mixture_costs_no_more():
