@@ -2,23 +2,20 @@
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.check import composed
 from pipeline.config import build, check
-from pipeline.data.images import ImageTransform
 from pipeline.evals.trained import TrainedClip
-from pipeline.models.clip import CLIP
 from pipeline.models.text import TextTransformer
 from pipeline.models.vit import VisionTransformer
-from pipeline.phases import phases
 from pipeline.tokens.attentive import AttentiveTokens
-from pipeline.trainer.module import ContrastiveModule
 
 IMAGE = ["random", "grid", "block"]
 TEXT = ["truncate", "random", "shuffle", "block", "syntax"]
@@ -88,47 +85,29 @@ def test_kept_patches_have_the_positions_they_came_from(policy: str) -> None:
     assert (model(images, kept) - elsewhere).abs().max() > 1e-3
 
 
-class Counted(nn.Module):
-    """A tower that remembers how many tokens it was given."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.width, self.seen = inner, inner.width, []
-
-    def forward(self, inputs: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        self.seen.append((tuple(inputs.shape), kept))
-        return self.inner(inputs, kept)
-
-
-def test_evaluation_sees_everything() -> None:
-    """The policies belong to the training module; a trained model embeds without them."""
+def test_evaluation_sees_everything(tmp_path: Path) -> None:
+    """A run with both policies embeds every patch and every word."""
     overrides = ["image_tokens=grid", "text_tokens=block", "text_tokens.context_length=8"]
+    overrides.append("model.text.vocab_size=49408")  # OpenAI's
     cfg = composed("train", [*EMOJI, *overrides])
-    model = CLIP(
-        image=Counted(tower(32)),
-        text=Counted(text_tower(cfg.tokenizer.context_length)),
-        embed_dim=8,
-    )
-    module = ContrastiveModule(
-        model=model,
-        objective=nn.Module(),
-        transform=ImageTransform(image_size=32),
-        image_tokens=build(cfg.image_tokens),
-        text_tokens=build(cfg.text_tokens),
-        optimizer=None,
-        schedule=None,
-        phase=phases(cfg)[0],
-        micro_batch_size=None,
-        gradient_clip_norm=None,
-        log_every_steps=1,
-        seed=0,
-    )
-    trained = TrainedClip(
-        model=module.model, tokenizer=build(cfg.tokenizer), transform=module.transform
-    )
+    model = build(cfg.model)
+    (tmp_path / "checkpoints").mkdir()
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "checkpoints" / "step-1.ckpt")
+    OmegaConf.save(cfg, tmp_path / "config.yaml", resolve=True)
+    trained = TrainedClip.load(tmp_path, device="cpu")
     picture = io.BytesIO()
     Image.new("RGB", (40, 40), "red").save(picture, "PNG")
-    trained.image_embed([picture.getvalue()])
-    trained.text_embed(["one two three four five six seven eight nine ten"])
-    assert model.image.seen == [((1, 3, 32, 32), None)]
-    assert model.text.seen == [((1, cfg.tokenizer.context_length), None)]
+    caption = "one two three four five six seven eight nine ten"
+    pixels = trained.transform.normalise(trained.transform.evaluate(picture.getvalue())[None])
+    with torch.no_grad():
+        # every patch and word named one by one; the model itself drops nothing
+        patches = torch.arange(model.image.num_tokens)[None]
+        image = model.eval().encode_image(pixels, patches)
+        text = model.encode_text(trained.tokenizer([caption]))
+    found = trained.image_embed([picture.getvalue()])
+    torch.testing.assert_close(found, image, atol=1e-6, rtol=0)
+    torch.testing.assert_close(trained.text_embed([caption]), text, atol=1e-6, rtol=0)
+    # the last word is beyond the eight positions of training
+    other = trained.text_embed([caption.replace("ten", "dog")])
+    assert (other - text).abs().max() > 1e-4
