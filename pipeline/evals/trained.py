@@ -75,7 +75,7 @@ class TrainedClip:
             ) from error
         return cls(
             model=model,
-            tokenizer=build(config.tokenizer),
+            tokenizer=build(config.tokenizer, **shortened(config)),
             transform=build(config.transform),
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             checkpoint=path,
@@ -108,6 +108,15 @@ class TrainedClip:
             embed = self.model.encode_text(self.tokenizer(batch).to(self.device))
             embeds.append(embed.float().cpu())
         return torch.cat(embeds)
+
+
+def shortened(config: DictConfig) -> dict[str, int]:
+    """The context length of a tokenizer that in training is longer than the tower, because a text
+    policy shortens captions there: evaluation truncates.
+    """
+    length = OmegaConf.select(config, "model.text.context_length")
+    ours = OmegaConf.select(config, "tokenizer.context_length")
+    return {"context_length": length} if length and ours and length < ours else {}
 
 
 def run_config(run: str | Path, checkpoint: str | Path | None = None) -> DictConfig:

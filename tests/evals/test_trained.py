@@ -92,6 +92,16 @@ def test_embeddings_are_the_models_own(run):
     assert not trained.model.training
 
 
+def test_captions_that_training_shortens_are_truncated_in_evaluation(run):
+    """text_tokens chooses among the words of a longer tokenizer; the tower holds the few."""
+    long = ["one two three four five six seven eight nine ten eleven twelve thirteen fourteen"]
+    expected = TrainedClip.load(run).text_embed(long)
+    config = OmegaConf.load(run / "config.yaml")
+    config.tokenizer.context_length = 30
+    OmegaConf.save(config, run / "config.yaml")
+    torch.testing.assert_close(TrainedClip.load(run).text_embed(long), expected)
+
+
 def test_the_newest_checkpoint_is_loaded(run):
     trained = TrainedClip.load(run)
     torch.nn.init.zeros_(trained.model.text_projection.weight)
