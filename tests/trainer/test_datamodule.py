@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from pipeline.data.images import ImageTransform
+from pipeline.phases import Phase
 from pipeline.shards import Record, write_manifest, write_shard
 from pipeline.trainer.datamodule import ShardData
 
@@ -18,7 +20,7 @@ def data(tmp_path, make_picture):
         return made.for_run(
             transform=ImageTransform(image_size=8),
             tokenizer=lambda captions: torch.zeros(len(captions), 1, dtype=torch.long),
-            global_batch_size=4,
+            phase=Phase("", OmegaConf.create({"global_batch_size": 4}), 0, 0, 5),
             seed=5,
         )
 
@@ -34,6 +36,7 @@ def test_data_of_another_length_or_seed_is_refused(data):
         ours.load_state_dict({**state, "pairs": 13})
     with pytest.raises(ValueError, match="set seed=6"):
         ours.load_state_dict({**state, "seed": 6})
+    ours.load_state_dict({**state, "pairs": 13, "phase": "before"})  # it may read other data
 
 
 def test_knobs_reach_the_stream(data, tmp_path):
