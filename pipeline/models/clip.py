@@ -4,6 +4,7 @@ Letters: B pairs, L text positions, K kept tokens, D embedding width.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -106,21 +107,30 @@ class CLIP(nn.Module):
     @property
     def logit_scale(self) -> Tensor:
         """exp(log_logit_scale), at most max_logit_scale; a scalar with gradient."""
-        # The log is clamped and not its exponential: exp(ln 100) may round above 100, and the
-        # clamp's gradient would then be zero at the bound for good.
-        return self.log_logit_scale.clamp(max=self.max_log_logit_scale).exp()
+        return self.loss_scalars(self.loss_parameters())["logit_scale"]
+
+    def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
+        """(parameter, least, most), to be put back into after every optimizer step."""
+        return [(self.log_logit_scale, 0.0, self.max_log_logit_scale)]
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Put log_logit_scale back into [0, ln(max_logit_scale)], after every optimizer step."""
-        self.log_logit_scale.clamp_(0.0, self.max_log_logit_scale)
+        for parameter, least, most in self.bounds():
+            parameter.clamp_(least, most)
 
     def loss_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that the loss reads directly, not through a tower."""
         known = {"log_logit_scale": self.log_logit_scale, "logit_bias": self.logit_bias}
         return {name: parameter for name, parameter in known.items() if parameter is not None}
 
-    def loss_scalars(self) -> dict[str, Tensor]:
-        """What losses are given of them, by the names of PairFeatures."""
-        bias = {} if self.logit_bias is None else {"logit_bias": self.logit_bias}
-        return {"logit_scale": self.logit_scale, **bias}
+    def loss_scalars(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What losses are given of the loss_parameters, by the names of PairFeatures.
+
+        parameters: their values; where they are sharded, what came out of a forward.
+        """
+        # The log is clamped and not its exponential: exp(ln 100) may round above 100, and the
+        # clamp's gradient would then be zero at the bound for good.
+        log_scale = parameters["log_logit_scale"].clamp(max=self.max_log_logit_scale)
+        bias = {name: value for name, value in parameters.items() if name == "logit_bias"}
+        return {"logit_scale": log_scale.exp(), **bias}

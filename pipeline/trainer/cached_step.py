@@ -6,36 +6,82 @@ backward.
 Letters: B local pairs, G global pairs, L text positions, K kept tokens, D embedding width.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.distributed import gather_counts, peers, rank, world_size
 from pipeline.losses.features import PairFeatures
+from pipeline.trainer.random_state import RandomState
 
-Embeddings = tuple[Tensor, Tensor]
+Tensors = dict[str, Tensor]
+Encoded = tuple[Tensors, Tensors]
 Chunk = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-Encode = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Embeddings]
+Encode = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Encoded]
+Evaluated = tuple[Tensor, Tensors]
+
+OBJECTIVE = "objective."  # what the names of an objective's own parameters begin with
 
 
-def ddp_backward(model: DistributedDataParallel) -> Callable[[Tensor], None]:
-    """A backward that reduces gradients unless called in model.no_sync(), wherever the forward was.
+class Backward(Protocol):
+    """Back-propagate; only the last call of a step may reduce gradients over the processes."""
 
-    DistributedDataParallel arms its reducer at the end of a forward outside no_sync(); the cached
-    step runs every forward inside it, and this arms the reducer right before the one backward that
-    reduces.
+    def __call__(self, loss: Tensor, *, last: bool) -> None: ...
+
+
+def local_backward(loss: Tensor, *, last: bool) -> None:
+    """The backward of one process on its own."""
+    loss.backward()
+
+
+def _loss_parameters(model: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:
+    own = {OBJECTIVE + name: parameter for name, parameter in objective.named_parameters()}
+    return {**model.loss_parameters(), **own}
+
+
+def scalars(model: nn.Module, objective: nn.Module) -> frozenset[str]:
+    """Names of the loss's parameters without dimensions, before a strategy gives them one."""
+    parameters = _loss_parameters(model, objective)
+    return frozenset(name for name, parameter in parameters.items() if parameter.ndim == 0)
+
+
+def encoded(
+    model: nn.Module, objective: nn.Module, chunk: Chunk, scalars: Collection[str]
+) -> Encoded:
+    """What the forward of the wrapped module returns for a micro-batch: everything with gradient.
+
+    model(*chunk) -> (image_embed, text_embed); its loss_parameters() and the objective's come out
+    too, so that a strategy treats them as it treats the towers: gathered where they are sharded,
+    their gradient reduced with the others'. Copies, since a gathered parameter is freed behind the
+    forward.
     """
+    embeddings = dict(zip(("image_embed", "text_embed"), model(*chunk), strict=True))
+    parameters = {
+        name: parameter.clone().reshape(()) if name in scalars else parameter.clone()
+        for name, parameter in _loss_parameters(model, objective).items()
+    }
+    return embeddings, parameters
 
-    def backward(loss: Tensor) -> None:
-        if model.require_backward_grad_sync:
-            model.reducer._rebuild_buckets()
-            model.reducer.prepare_for_backward([loss] if model.find_unused_parameters else [])
-        loss.backward()
 
-    return backward
+def formula(objective: nn.Module) -> Callable[[PairFeatures, Mapping[str, Tensor]], Evaluated]:
+    """The objective as a function of features and of its own parameters, without copying any.
+
+    A strategy hooks the modules it wraps, and under sharding their parameters are pieces; this one
+    is evaluated outside, with the parameters that came out of a forward. To be made before a
+    strategy wraps the objective.
+    """
+    tensors = [*objective.parameters(), *objective.buffers()]
+    shell = copy.deepcopy(objective, memo={id(tensor): tensor.to("meta") for tensor in tensors})
+
+    def evaluate(features: PairFeatures, parameters: Mapping[str, Tensor]) -> Evaluated:
+        tensors = {**dict(objective.named_buffers()), **parameters}
+        return torch.func.functional_call(shell, tensors, (features,))
+
+    return evaluate
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -44,36 +90,37 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 def _leaf(parts: Sequence[Tensor]) -> Tensor:
     parts = [_at_least_float32(part.detach()) for part in parts]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).requires_grad_()
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _surrogate(embeddings: Embeddings, gradients: Embeddings) -> Tensor:
-    """A scalar whose gradient with respect to the embeddings is `gradients`."""
+def _surrogate(values: Tensors, gradients: Tensors) -> Tensor:
+    """A scalar whose gradient with respect to the values is `gradients`."""
     return sum(
-        (_at_least_float32(embed) * gradient).sum()
-        for embed, gradient in zip(embeddings, gradients, strict=True)
+        (_at_least_float32(values[name]) * gradient).sum()
+        for name, gradient in gradients.items()
+        if values[name].requires_grad
     )
 
 
 class CachedContrastiveStep:
     """Leaves in the parameters the gradient over all G pairs, for any micro_batch_size.
 
-    encode(images, tokens, image_kept, text_kept) -> (image_embed, text_embed): the towers. It runs
-    twice on most pairs and must give the same result: dropped tokens come in as indices, and there
-    may be no dropout or batch statistics inside.
-    loss_parameters: what the objective reads besides embeddings; their gradient enters the last
-    backward once.
-    loss_scalars(): what the objective is given besides embeddings, by PairFeatures' names
-    (logit_scale, logit_bias): functions of loss_parameters.
-    objective(features) -> (total, {term: value}): mean over local pairs (see `pipeline.losses`).
+    encode(images, tokens, image_kept, text_kept) -> (embeddings, parameters), by name: the wrapped
+    module's forward, see `encoded`. It runs twice on most pairs and must give the same result: what
+    is drawn from a default generator (dropout, stochastic depth) is drawn again, dropped tokens
+    come in as indices, and there may be no batch statistics inside.
+    loss_scalars(parameters): what the objective is given besides embeddings, by PairFeatures' names
+    (logit_scale, logit_bias).
+    objective(features, parameters) -> (total, {term: value}): mean over local pairs, see `formula`.
     micro_batch_size: pairs in one forward; None or B is the ordinary step, other values cost one
     more forward of B - micro_batch_size pairs and hold the activations of one micro-batch. The last
     micro-batch may be smaller.
-    backward, no_sync: how the strategy back-propagates, and the context in which it does not
-    reduce. All forwards run inside no_sync and only the last backward outside, so gradients are
-    reduced once; `backward` must be able to reduce for a forward that ran inside (`ddp_backward`,
-    or Lightning's manual_backward).
+    backward, session: how the strategy back-propagates (`pipeline.trainer.strategies`), and the
+    context around all of a step's backwards. The gradients of the loss's own parameters enter the
+    last backward, once.
 
+    A loss that is not finite makes all gradients NaN, on every rank once they are reduced: then all
+    can decide alike to skip the step, without asking each other.
     Every rank must bring the same number of pairs to every step. Differing batches in the first
     step raise ValueError on all ranks; later, with several ranks, a rank whose batch changes raises
     before any collective.
@@ -83,12 +130,11 @@ class CachedContrastiveStep:
         self,
         *,
         encode: Encode,
-        loss_parameters: dict[str, nn.Parameter],
-        loss_scalars: Callable[[], dict[str, Tensor]],
-        objective: Callable[[PairFeatures], tuple[Tensor, dict[str, Tensor]]],
+        loss_scalars: Callable[[Mapping[str, Tensor]], Tensors],
+        objective: Callable[[PairFeatures, Mapping[str, Tensor]], Evaluated],
         micro_batch_size: int | None,
-        backward: Callable[[Tensor], None] = Tensor.backward,
-        no_sync: Callable[[], AbstractContextManager] = nullcontext,
+        backward: Backward = local_backward,
+        session: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(
@@ -96,12 +142,11 @@ class CachedContrastiveStep:
                 "set it to the pairs of one forward, or to null for all of them"
             )
         self.encode = encode
-        self.loss_parameters = loss_parameters
         self.loss_scalars = loss_scalars
         self.objective = objective
         self.micro_batch_size = micro_batch_size
         self.backward = backward
-        self.no_sync = no_sync
+        self.session = session
         self._agreed_batch: int | None = None
 
     def __call__(
@@ -110,55 +155,70 @@ class CachedContrastiveStep:
         tokens: Tensor,
         image_kept: Tensor | None = None,
         text_kept: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Tensors:
         """images: (B, ...).  tokens: (B, L).  image_kept, text_kept: (B, K) indices, or None.
 
         Adds to the parameters' `.grad`. Returns detached scalars of this rank: "loss", one per
         term, and the loss_scalars.
         """
-        trained = [p for p in self.loss_parameters.values() if p.requires_grad]
         chunks = self._chunks(images, tokens, image_kept, text_kept)
-        with self.no_sync():
+        device = images.device
+        with self.session():
+            embeddings, states = [], []
             with torch.no_grad():
-                embeddings = [self.encode(*chunk) for chunk in chunks[:-1]]
+                for chunk in chunks[:-1]:
+                    states.append(RandomState.of(device))
+                    embeddings.append(self.encode(*chunk)[0])
             # Weights cast by autocast without a graph were reused with one until pytorch#165068
             # (end of 2025), and got no gradient. Delete when we need a torch that has it.
             torch.clear_autocast_cache()
-            live = self.encode(*chunks[-1])
-            logged, gradients, loss_gradients = self._evaluate([*embeddings, live], trained)
+            live, parameters = self.encode(*chunks[-1])
+            logged, gradients, own = self._evaluate([*embeddings, live], parameters)
             # The chunk that kept its graph goes first, which frees it before another is built.
             surrogate = _surrogate(live, gradients[-1])
-            del live
-            for chunk, gradient in zip(chunks[:-1], gradients[:-1], strict=True):
-                self.backward(surrogate)
-                surrogate = _surrogate(self.encode(*chunk), gradient)
-        for parameter, gradient in zip(trained, loss_gradients, strict=True):
-            surrogate = surrogate + (parameter * gradient).sum()
-        self.backward(surrogate)
+            del live, embeddings
+            for chunk, gradient, state in zip(chunks[:-1], gradients[:-1], states, strict=True):
+                self._backward(surrogate, last=False)
+                with state.replayed():
+                    embeds, parameters = self.encode(*chunk)
+                surrogate = _surrogate(embeds, gradient)
+                del embeds
+            self._backward(surrogate + _surrogate(parameters, own), last=True)
         return logged
 
+    def _backward(self, surrogate: Tensor | int, *, last: bool) -> None:
+        """Frozen towers leave nothing to back-propagate before the last."""
+        if last or isinstance(surrogate, Tensor):
+            self.backward(surrogate, last=last)
+
     def _evaluate(
-        self, parts: Sequence[Embeddings], trained: Sequence[nn.Parameter]
-    ) -> tuple[dict[str, Tensor], list[Embeddings], list[Tensor]]:
+        self, parts: Sequence[Tensors], parameters: Tensors
+    ) -> tuple[Tensors, list[Tensors], Tensors]:
         """The logged scalars, the loss's gradient for each part, and for each trained parameter."""
-        leaves = tuple(_leaf(embeds) for embeds in zip(*parts, strict=True))
-        image_embed, text_embed = leaves
+        embeddings = {name: _leaf([part[name] for part in parts]) for name in parts[0]}
+        values = {name: _leaf([parameter]) for name, parameter in parameters.items()}
+        trained = {name: v for name, v in values.items() if parameters[name].requires_grad}
+        leaves = [leaf.requires_grad_() for leaf in (*embeddings.values(), *trained.values())]
+        own = {n.removeprefix(OBJECTIVE): v for n, v in values.items() if n.startswith(OBJECTIVE)}
         # Under autocast the logits would be bfloat16: at a scale of 100 a step of 0.5 between
         # neighbours.
-        with torch.autocast(image_embed.device.type, enabled=False):
-            scalars = self.loss_scalars()
-            features = PairFeatures(
-                image_embed=image_embed,
-                text_embed=text_embed,
-                peers=peers(),
-                **scalars,
-            )
-            total, values = self.objective(features)
-        gradients = torch.autograd.grad(total, [*leaves, *trained], materialize_grads=True)
-        logged = {"loss": total, **values, **scalars}
-        sizes = [len(part[0]) for part in parts]
-        per_part = list(zip(*(gradient.split(sizes) for gradient in gradients[:2]), strict=True))
-        return {name: value.detach() for name, value in logged.items()}, per_part, gradients[2:]
+        with torch.autocast(leaves[0].device.type, enabled=False):
+            scalars = self.loss_scalars(values)
+            features = PairFeatures(**embeddings, peers=peers(), **scalars)
+            total, terms = self.objective(features, own)
+        logged = {"loss": total, **terms, **scalars}
+        not_finite = total.detach() * 0  # 0, or NaN
+        gradients = [
+            gradient + not_finite.to(gradient.dtype)
+            for gradient in torch.autograd.grad(total, leaves, materialize_grads=True)
+        ]
+        sizes = [len(next(iter(part.values()))) for part in parts]
+        per_part = zip(*(g.split(sizes) for g in gradients[: len(embeddings)]), strict=True)
+        return (
+            {name: value.detach() for name, value in logged.items()},
+            [dict(zip(embeddings, part, strict=True)) for part in per_part],
+            dict(zip(trained, gradients[len(embeddings) :], strict=True)),
+        )
 
     def _chunks(self, *batch: Tensor | None) -> list[Chunk]:
         """images, tokens, image_kept, text_kept, cut into micro-batches."""

@@ -2,12 +2,14 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -30,6 +32,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+
+
+def has_shape(key: str, value: Any) -> bool:
+    """Whether an entry of an optimizer's state has its parameter's shape; torch's `step` counts."""
+    return isinstance(value, Tensor) and key != "step"
+
+
+def check_names(held: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a checkpoint's weights are those of the model."""
+    if whole.keys() != held.keys():
+        raise ValueError(
+            f"the checkpoint is of another model: it lacks {sorted(held.keys() - whole.keys())} "
+            f"and has {sorted(whole.keys() - held.keys())}"
+        )
 
 
 def find_newest(directory: Path) -> Path | None:
@@ -63,3 +79,9 @@ class Checkpoints(pl.Callback):
         if trainer.is_global_zero:
             for old in sorted(self.directory.glob("step-*.ckpt"))[: -self.keep]:
                 old.unlink()
+
+
+def newest_of(trainer: pl.Trainer) -> Path | None:
+    """The newest checkpoint that a trainer has written or found."""
+    folders = [c.directory for c in trainer.callbacks if isinstance(c, Checkpoints)]
+    return next((path for path in map(find_newest, folders) if path is not None), None)

@@ -4,24 +4,35 @@ maths.
 
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.data.images import ImageTransform
 from pipeline.losses.objective import Objective
 from pipeline.models.resize import resize_positions
 from pipeline.phases import Phase
-from pipeline.trainer.cached_step import CachedContrastiveStep
+from pipeline.trainer.cached_step import (
+    CachedContrastiveStep,
+    Encoded,
+    encoded,
+    formula,
+    scalars,
+)
+from pipeline.trainer.checkpoints import newest_of
 from pipeline.trainer.phases import carried_state
+from pipeline.trainer.skipped_steps import SkippedSteps
+from pipeline.trainer.strategies.adapter import adapter, refuse_wrong_model
+from pipeline.trainer.strategies.blocks import blocks
+from pipeline.trainer.strategies.fsdp import FullyShardedStrategy
+from pipeline.trainer.strategies.zero import ZeroStrategy
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +61,16 @@ class Schedule(Protocol):
     def factor(self, samples_done: int, samples_total: int, batch: int) -> float: ...
 
 
+def _derived_seed(*what: Any) -> int:
+    digest = hashlib.blake2b(" ".join(map(str, what)).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
+
+
 def step_noise(seed: int, step: int, pairs: int, tokens: int, *, what: str = "tokens") -> Tensor:
     """(pairs, tokens) uniforms for the global batch of a step: the same on every rank and in any
     world size. what: draws under another word are independent.
     """
-    digest = hashlib.blake2b(f"{seed} {what} {step}".encode(), digest_size=7).digest()
-    source = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    source = torch.Generator().manual_seed(_derived_seed(seed, what, step))
     return torch.rand(pairs, tokens, generator=source)
 
 
@@ -66,6 +81,8 @@ class ContrastiveModule(pl.LightningModule):
     phase: which part of the run this is; its config gives the batch. A checkpoint of the phase
     before hands over the optimizer's state by parameter names, or, with optimizer_state="reset",
     none.
+    max_skipped_steps: steps in a row without a finite gradient that end the run.
+    compile_towers: torch.compile for each transformer block; costs a minute at the start.
     """
 
     def __init__(
@@ -84,6 +101,8 @@ class ContrastiveModule(pl.LightningModule):
         log_every_steps: int,
         seed: int,
         optimizer_state: str = "keep",
+        max_skipped_steps: int = 10,
+        compile_towers: bool = False,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -96,21 +115,51 @@ class ContrastiveModule(pl.LightningModule):
         self.micro_batch_size = micro_batch_size
         self.gradient_clip_norm, self.log_every_steps = gradient_clip_norm, log_every_steps
         self.seed = seed
+        self.scalars, self.formula = scalars(model, objective), formula(objective)
+        self.skipped = SkippedSteps(limit=max_skipped_steps)
+        self.compile_towers = compile_towers
         self.last_logged: dict[str, float] = {}
         self.bad_records = 0
         self.waited = self.worked = 0.0
         self.mark = 0.0
 
+    def configure_model(self) -> None:
+        """Compile and cut, where that is asked for, before the optimizer sees parameters."""
+        refuse_wrong_model(
+            self.trainer,
+            self.model,
+            micro_batch_size=self.micro_batch_size,
+            compiled=self.compile_towers,
+        )
+        if self.compile_towers:
+            for block in blocks(self.model):
+                block.compile()
+        if isinstance(self.trainer.strategy, FullyShardedStrategy | ZeroStrategy):
+            self.trainer.strategy.prepare(self)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer.make(self)
 
+    def forward(self, images: Tensor, *rest: Tensor | None) -> Encoded:
+        """A micro-batch's embeddings and the loss's parameters: see `encoded`."""
+        # Where a strategy keeps weights in half precision it leaves pictures as they are.
+        chunk = (images.to(self.dtype_of_weights), *rest)
+        return encoded(self.model, self.objective, chunk, self.scalars)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["phase"] = self.phase.name
+        checkpoint["skipped_steps"] = self.skipped.total
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint of the phase before is made to fit this one."""
+        self.skipped.total = checkpoint.get("skipped_steps", 0)
         if checkpoint.get("phase", "") == self.phase.name:
             return
+        strategy = self.trainer.strategy
+        with strategy.whole() if isinstance(strategy, ZeroStrategy) else nullcontext():
+            self._take_over(checkpoint)
+
+    def _take_over(self, checkpoint: dict[str, Any]) -> None:
         weights = checkpoint["state_dict"]
         ours = {name.removeprefix("model."): w for name, w in weights.items()}
         resized, changes = resize_positions(ours, self.model)
@@ -124,21 +173,21 @@ class ContrastiveModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Set up the step, once the strategy has wrapped the model."""
-        wrapped = self.trainer.strategy.model
-        distributed = isinstance(wrapped, DistributedDataParallel)
+        self.dtype_of_weights = next(self.model.parameters()).dtype
+        self.strategy = adapter(self.trainer, self.manual_backward)
         self.step = CachedContrastiveStep(
-            encode=self.model,
-            loss_parameters={
-                **self.model.loss_parameters(),
-                **{f"objective.{n}": p for n, p in self.objective.named_parameters()},
-            },
+            encode=self.strategy.encode,
             loss_scalars=self.model.loss_scalars,
-            objective=self.objective,
+            objective=self.formula,
             micro_batch_size=self.micro_batch_size,
-            backward=self.manual_backward,
-            no_sync=wrapped.no_sync if distributed else nullcontext,
+            backward=self.strategy.backward,
+            session=self.strategy.session,
         )
         self.mark = time.perf_counter()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Where gradients are unscaled, in every precision.
+        self.strategy.clip(self.gradient_clip_norm)
 
     def kept_tokens(self, local_batch: int) -> Tensor | None:
         """Patch indices (B, K) of this rank's pairs in this step, or None when nothing is
@@ -180,28 +229,41 @@ class ContrastiveModule(pl.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         optimizer.zero_grad()
+        # What towers draw (dropout) continues alike after a restart.
+        torch.manual_seed(
+            _derived_seed(self.seed, "towers", self.trainer.global_step, self.global_rank)
+        )
         images = self.transform.normalise(batch["images"])
         logged = self.step(
             images, self.reduced_text(batch["tokens"]), self.kept_tokens(len(images))
         )
-        limit = self.gradient_clip_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
         optimizer.step()
-        self.model.clamp_logit_scale()
+        grad_norm, applied = self.strategy.outcome()
+        for bounds in self.model.bounds():
+            self.strategy.clamp(*bounds)
         step = self.trainer.global_step
+        self.skipped.record(
+            applied,
+            samples_seen=self.phase.samples_at(step),
+            last_good=partial(newest_of, self.trainer),
+        )
         self.mark = time.perf_counter()
         self.worked += self.mark - started
         if step % self.log_every_steps == 0 or step in (1, self.trainer.max_steps):
             self.write(logged, grad_norm, optimizer.param_groups[0]["lr"], step)
 
-    def write(self, logged: Mapping[str, Tensor], grad_norm: Tensor, lr: float, step: int) -> None:
+    def write(self, logged: Mapping[str, Tensor], grad_norm: float, lr: float, step: int) -> None:
         """One row for every logger, keys as on the dashboard, x-axis samples_seen."""
         names, values = list(logged), torch.stack([v.float() for v in logged.values()])
         if self.trainer.world_size > 1:
             dist.all_reduce(values)
             values /= self.trainer.world_size
         row = {f"train/{name}": value for name, value in zip(names, values.tolist(), strict=True)}
-        row |= {"train/grad_norm": float(grad_norm), "train/lr": lr}
+        row |= {
+            "train/grad_norm": grad_norm,
+            "train/lr": lr,
+            "train/skipped_steps": self.skipped.total,
+        }
         elapsed = self.waited + self.worked
         steps = self.log_every_steps if step % self.log_every_steps == 0 else 1
         row |= {
@@ -216,8 +278,3 @@ class ContrastiveModule(pl.LightningModule):
         self.last_logged = row
         for logger in self.loggers:
             logger.log_metrics(row, step=step)
-        if not math.isfinite(row["train/loss"]):
-            raise ValueError(
-                f"the loss is {row['train/loss']} at {row['samples_seen']} pairs: lower the "
-                "learning rate (optimizer.lr), or set gradient_clip_norm=1"
-            )

@@ -24,6 +24,7 @@ from pipeline.tracking.metrics import MetricsFile
 from pipeline.trainer.callbacks.progress import PairsProgress
 from pipeline.trainer.checkpoints import AtomicCheckpointIO, Checkpoints, find_newest, step_of
 from pipeline.trainer.module import ContrastiveModule
+from pipeline.trainer.strategies.adapter import refuse_wrong_trainer
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def make_trainer(phase: Phase, directory: Path, logger: list[Logger]) -> pl.Trai
             name=phase.name or "train",
         ),
     ]
-    return build(
+    trainer = build(
         cfg.trainer,
         default_root_dir=str(directory),
         max_steps=phase.end_step,
@@ -181,6 +182,8 @@ def make_trainer(phase: Phase, directory: Path, logger: list[Logger]) -> pl.Trai
         use_distributed_sampler=False,
         log_every_n_steps=1,
     )
+    refuse_wrong_trainer(trainer)
+    return trainer
 
 
 def derived(phase: Phase, module: ContrastiveModule, pairs: int, world_size: int) -> dict[str, str]:

@@ -3,21 +3,12 @@
 Letters: B pairs of a rank, G pairs of all ranks.
 """
 
-import os
-from collections.abc import Callable
-from contextlib import nullcontext
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
-from pipeline.distributed import Peers
 from pipeline.losses.features import PairFeatures
 from pipeline.losses.objective import Objective
 from pipeline.losses.softmax import SoftmaxLoss
@@ -25,8 +16,7 @@ from pipeline.models.clip import CLIP
 from pipeline.models.text import TextTransformer
 from pipeline.models.vit import VisionTransformer
 from pipeline.tokens.random import RandomTokens
-from pipeline.trainer import cached_step
-from pipeline.trainer.cached_step import CachedContrastiveStep, ddp_backward
+from pipeline.trainer.cached_step import CachedContrastiveStep, encoded, formula
 
 WORLD = 2
 BATCH = 8  # no multiple of 3, so that the last micro-batch is smaller
@@ -79,12 +69,24 @@ def gradients_of(model: CLIP) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+class Trained(nn.Module):
+    """What a strategy wraps: the model, its forward as the step wants it."""
+
+    def __init__(self, model: CLIP) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = Objective(terms={"softmax": SoftmaxLoss()})
+
+    def forward(self, *chunk: Tensor) -> Any:
+        return encoded(self.model, self.objective, chunk, frozenset())
+
+
 def step_for(model: CLIP, micro_batch_size: int | None, **changes: Any) -> CachedContrastiveStep:
+    trained = Trained(model)
     options = {
-        "encode": model,
-        "loss_parameters": model.loss_parameters(),
+        "encode": trained,
         "loss_scalars": model.loss_scalars,
-        "objective": Objective(terms={"softmax": SoftmaxLoss()}),
+        "objective": formula(trained.objective),
         "micro_batch_size": micro_batch_size,
     }
     return CachedContrastiveStep(**(options | changes))
@@ -135,12 +137,13 @@ def test_redrawing_dropped_tokens_is_noticed() -> None:
     model = model_of(torch.float64)
     fixed = iter(batch_of(0, torch.float64)[2].split(3))
     redrawn = torch.Generator().manual_seed(99)
+    trained = Trained(model)
 
     def encode(images: Tensor, tokens: Tensor, _: Tensor, text_kept: Tensor) -> Any:
         kept = next(fixed, None)
         if kept is None:
             kept = RandomTokens(keep=0.5).kept(len(images), 16, redrawn)
-        return model(images, tokens, kept, text_kept)
+        return trained(images, tokens, kept, text_kept)
 
     step_for(model, 3, encode=encode)(*batch_of(0, torch.float64))
     assert largest_difference(gradients_of(model), expected) > 1e-3
@@ -149,16 +152,17 @@ def test_redrawing_dropped_tokens_is_noticed() -> None:
 @pytest.mark.parametrize("micro_batch_size", MICRO_BATCHES)
 def test_cost_is_one_forward_more_and_one_micro_batch_of_memory(micro_batch_size: int) -> None:
     model = model_of(torch.float32)
-    rows, graphs = [], {"alive": 0, "most": 0}
+    rows, graphs, trained = [], {"alive": 0, "most": 0}, Trained(model)
 
-    def encode(*batch: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(*batch: Tensor) -> Any:
         rows.append(len(batch[0]))
-        image_embed, text_embed = model(*batch)
-        if image_embed.requires_grad:
+        embeddings, parameters = trained(*batch)
+        if embeddings["image_embed"].requires_grad:
             graphs["alive"] += 1
             graphs["most"] = max(graphs["most"], graphs["alive"])
-            image_embed.register_hook(lambda _: graphs.update(alive=graphs["alive"] - 1))
-        return image_embed, text_embed
+            done = lambda _: graphs.update(alive=graphs["alive"] - 1)  # noqa: E731
+            embeddings["image_embed"].register_hook(done)
+        return embeddings, parameters
 
     step_for(model, micro_batch_size, encode=encode)(*batch_of(0, torch.float32))
     last = BATCH % micro_batch_size or micro_batch_size
@@ -179,18 +183,22 @@ def test_frozen_scale_stays_without_gradient() -> None:
 
 def test_objective_is_evaluated_in_float32() -> None:
     model = model_of(torch.float32)
-    seen = []
+    seen: list[torch.dtype] = []
 
-    def objective(features: PairFeatures) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = features.logit_scale * features.image_embed @ features.all_text_embed.T
-        seen.extend([features.image_embed.dtype, features.all_text_embed.dtype, logits.dtype])
-        return logits.logsumexp(1).mean(), {}
+    class Seeing(nn.Module):
+        def forward(self, features: PairFeatures) -> tuple[Tensor, dict[str, Tensor]]:
+            logits = features.logit_scale * features.image_embed @ features.all_text_embed.T
+            seen.extend([features.image_embed.dtype, features.all_text_embed.dtype, logits.dtype])
+            return logits.logsumexp(1).mean(), {}
 
-    def encode(*batch: Tensor) -> tuple[Tensor, ...]:
-        return tuple(embed.bfloat16() for embed in model(*batch))
+    trained = Trained(model)
+
+    def encode(*batch: Tensor) -> Any:
+        embeddings, parameters = trained(*batch)
+        return {name: embed.bfloat16() for name, embed in embeddings.items()}, parameters
 
     with torch.autocast("cpu", torch.bfloat16):
-        step_for(model, 3, objective=objective, encode=encode)(*batch_of(0, torch.float32))
+        step_for(model, 3, objective=formula(Seeing()), encode=encode)(*batch_of(0, torch.float32))
     assert seen == [torch.float32] * 3
 
 
@@ -215,160 +223,3 @@ def test_mistakes_are_named() -> None:
         step_for(model, 3)(images, tokens[1:], image_kept, text_kept)
     with pytest.raises(ValueError, match="at least one pair"):
         step_for(model, 3)(images[:0], tokens[:0])
-
-
-# Two processes with torch's DistributedDataParallel
-
-
-def counting_ddp(model: CLIP) -> tuple[DistributedDataParallel, list[list[str]]]:
-    """The wrapped model, and a list that grows by the names in each reduced bucket."""
-    # Small buckets, so that there are several.
-    wrapped = DistributedDataParallel(model, bucket_cap_mb=0.005)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    reduced: list[list[str]] = []
-
-    def hook(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        reduced.append([names[parameter] for parameter in bucket.parameters()])
-        work = dist.all_reduce(bucket.buffer().div_(WORLD), async_op=True)
-        return work.get_future().then(lambda future: future.value()[0])
-
-    wrapped.register_comm_hook(None, hook)
-    return wrapped, reduced
-
-
-def run_steps(index: int, dtype: torch.dtype, size: int, **changes: Any) -> dict[str, Any]:
-    """Two steps, since DistributedDataParallel rebuilds its buckets after the first."""
-    model = model_of(dtype)
-    wrapped, reduced = counting_ddp(model)
-    options = {"encode": wrapped, "backward": ddp_backward(wrapped), "no_sync": wrapped.no_sync}
-    step = step_for(model, size, **(options | changes))
-    results = []
-    for _ in range(2):
-        reduced.clear()
-        wrapped.zero_grad(set_to_none=True)
-        logged = step(*batch_of(index, dtype))
-        results.append(
-            {"gradients": gradients_of(model), "reduced": list(reduced), "loss": logged["loss"]}
-        )
-    return {"steps": results}
-
-
-class WithoutGradient(Peers):
-    def gather(self, rows: Tensor) -> Tensor:
-        """The own rows keep their gradient and the others' do not (open_clip's default)."""
-        gathered = [torch.empty_like(rows) for _ in range(WORLD)]
-        dist.all_gather(gathered, rows.detach())
-        gathered[dist.get_rank()] = rows
-        return torch.cat(gathered)
-
-
-def run_controls(index: int) -> dict[str, Any]:
-    """What must be noticed: a reduction per micro-batch, no gradient through the gather."""
-    dtype = torch.float64
-    model = model_of(dtype)
-    wrapped, reduced = counting_ddp(model)
-    armed = ddp_backward(wrapped)
-    every_time = step_for(
-        model,
-        3,
-        # The reducer waits for all parameters, and the scale is in the last surrogate only.
-        backward=lambda loss: armed(loss + 0 * model.log_logit_scale),
-        no_sync=nullcontext,
-    )
-    every_time(*batch_of(index, dtype))
-    correct = cached_step.peers
-    cached_step.peers = lambda: WithoutGradient(index, WORLD)
-    without_gradient = run_steps(index, dtype, 3)
-    cached_step.peers = correct
-    return {
-        "every_time": {"reduced": reduced, "gradients": gradients_of(model)},
-        "without_gradient": without_gradient,
-    }
-
-
-def message_of(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
-def run_unequal(index: int) -> list[str]:
-    batch = batch_of(index, torch.float32)
-    step = step_for(model_of(torch.float32), None)
-    shorter = [rows[index:] for rows in batch]
-    messages = [message_of(lambda: step(*shorter))]
-    step(*batch)
-    return [*messages, message_of(lambda: step(*(rows[1:] for rows in batch)))]
-
-
-def run_rank(index: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/init", rank=index, world_size=WORLD
-    )
-    results: dict[Any, Any] = {
-        (str(dtype), size): run_steps(index, dtype, size)
-        for dtype in TOLERANCE
-        for size in MICRO_BATCHES
-    }
-    results["controls"] = run_controls(index)
-    results["unequal"] = run_unequal(index)
-    torch.save(results, Path(directory) / f"{index}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    directory = tmp_path_factory.mktemp("cached_step")
-    mp.spawn(run_rank, args=(os.fspath(directory),), nprocs=WORLD)
-    return [torch.load(directory / f"{index}.pt") for index in range(WORLD)]
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("micro_batch_size", MICRO_BATCHES)
-def test_two_processes_equal_the_oracle(
-    micro_batch_size: int, dtype: torch.dtype, two_ranks: list[dict]
-) -> None:
-    expected, loss = oracle(WORLD, dtype)
-    ranks = [results[str(dtype), micro_batch_size]["steps"] for results in two_ranks]
-    for steps in zip(*ranks, strict=True):
-        for step in steps:
-            assert largest_difference(step["gradients"], expected) <= TOLERANCE[dtype]
-        losses = [step["loss"].item() for step in steps]
-        assert sum(losses) / WORLD == pytest.approx(loss, rel=1e-6)
-        assert losses[0] != pytest.approx(losses[1], rel=1e-3)
-
-
-@pytest.mark.parametrize("micro_batch_size", MICRO_BATCHES)
-def test_every_bucket_is_reduced_once(micro_batch_size: int, two_ranks: list[dict]) -> None:
-    names = sorted(dict(model_of(torch.float32).named_parameters()))
-    for results in two_ranks:
-        steps = results[str(torch.float64), micro_batch_size]["steps"]
-        assert len(steps[-1]["reduced"]) > 1
-        for step in steps:
-            assert sorted(chain.from_iterable(step["reduced"])) == names
-
-
-def test_reducing_in_every_micro_batch_is_noticed(two_ranks: list[dict]) -> None:
-    """By its traffic alone: the gradient is right, being a mean over ranks of means over ranks."""
-    expected, _ = oracle(WORLD, torch.float64)
-    for results in two_ranks:
-        control = results["controls"]["every_time"]
-        assert sorted(chain.from_iterable(control["reduced"])) == sorted(3 * list(expected))
-        assert largest_difference(control["gradients"], expected) <= 1e-6
-
-
-def test_gathering_without_gradient_is_noticed(two_ranks: list[dict]) -> None:
-    expected, _ = oracle(WORLD, torch.float64)
-    for results in two_ranks:
-        for step in results["controls"]["without_gradient"]["steps"]:
-            assert largest_difference(step["gradients"], expected) > 1e-3
-
-
-def test_unequal_local_batches_are_named_on_every_rank(two_ranks: list[dict]) -> None:
-    for index, results in enumerate(two_ranks):
-        first, later = results["unequal"]
-        assert "local batches differ between ranks: [8, 7]" in first
-        assert f"changed from 8 to 7 on rank {index}" in later

@@ -1,0 +1,174 @@
+"""Weights and optimizer state of a ZeRO engine as whole tensors, and back.
+
+The layout is torch's own: what `optimizer.state_dict()` of one process holds. All functions are
+collectives: every rank calls them with the same modules. Stages 1 to 3 keep float32 masters of the
+trained parameters apart from the parameters, also in float32; here both are read and written.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.trainer.checkpoints import check_names, has_shape
+
+
+def gathered(
+    parameters: Sequence[nn.Parameter], *, writer: int | None = None
+) -> AbstractContextManager:
+    """Inside, the parameters are whole; with a writer, its values are everyone's afterwards."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=writer)
+
+
+def value_of(parameter: nn.Parameter) -> Tensor:
+    """The whole parameter, from its float32 master where there is one."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    value = safe_get_full_fp32_param(parameter)
+    if value is not None:
+        return value.detach().clone()
+    with gathered([parameter]):
+        return parameter.detach().clone()
+
+
+@torch.no_grad()
+def set_value(parameter: nn.Parameter, value: Tensor) -> None:
+    """Write a whole parameter, and its master where there is one."""
+    with gathered([parameter], writer=0):
+        parameter.copy_(value.reshape(parameter.shape))
+    _write(parameter, value, None)
+
+
+def whole_weights(module: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """module.state_dict() as one process would give it, on the CPU. shapes: of its parameters."""
+    parameters = dict(module.named_parameters())
+    return {
+        name: value_of(parameters[name]).reshape(shapes[name]).cpu()
+        if name in parameters
+        else tensor.detach().cpu().clone()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+@torch.no_grad()
+def load_weights(module: nn.Module, whole: Mapping[str, Tensor], *, strict: bool) -> None:
+    """Raises ValueError for missing or unknown names if strict."""
+    held, parameters = module.state_dict(), dict(module.named_parameters())
+    if strict:
+        check_names(held, whole)
+    for name in [name for name in held if name in whole]:
+        if name in parameters:
+            set_value(parameters[name], whole[name].to(parameters[name].device))
+        else:
+            held[name].copy_(whole[name])
+
+
+def whole_optimizer(
+    engine: Any, names: list[list[str]], shapes: Mapping[str, torch.Size]
+) -> dict[str, Any]:
+    """names: of the parameters in each of the optimizer's groups, in order. shapes: theirs."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    if engine.zero_optimization_stage() == 0:
+        return _reshaped(engine.optimizer.state_dict(), [shapes[n] for g in names for n in g])
+    parameters = dict(engine.module.named_parameters())
+    states: dict[int, dict[str, Any]] = {}
+    groups, index = [], 0
+    for group, members in zip(engine.optimizer.param_groups, names, strict=True):
+        for position, name in enumerate(members):
+            parameter = parameters[name]
+            _, state = _flat_of(engine.optimizer, parameter)
+            states[index + position] = {
+                key: safe_get_full_optimizer_state(parameter, key)
+                .reshape(shapes[name])
+                .cpu()
+                .clone()
+                if has_shape(key, value)
+                else value
+                for key, value in state.items()
+            }
+        numbers = list(range(index, index + len(members)))
+        groups.append({k: v for k, v in group.items() if k != "params"} | {"params": numbers})
+        index += len(members)
+    return {"state": {i: s for i, s in states.items() if s}, "param_groups": groups}
+
+
+@torch.no_grad()
+def load_optimizer(engine: Any, names: list[list[str]], content: Mapping[str, Any]) -> None:
+    """Counts are one for each of the engine's flat pieces: those of a piece's first parameter."""
+    parameters = dict(engine.module.named_parameters())
+    if engine.zero_optimization_stage() == 0:
+        held = [parameters[name].shape for group in names for name in group]
+        engine.optimizer.load_state_dict(_reshaped(content, held))
+        return
+    members = [parameters[name] for group in names for name in group]
+    for index, state in content["state"].items():
+        flat, held = _flat_of(engine.optimizer, members[index])
+        for key, value in state.items():
+            held.setdefault(key, torch.zeros_like(flat) if has_shape(key, value) else value)
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        link()
+    for index, state in content["state"].items():
+        for key, value in state.items():
+            if has_shape(key, value):
+                _write(members[index], value, key)
+    for group, saved in zip(engine.optimizer.param_groups, content["param_groups"], strict=True):
+        group.update({key: value for key, value in saved.items() if key != "params"})
+
+
+def _reshaped(content: Mapping[str, Any], shapes: list[torch.Size]) -> dict[str, Any]:
+    states = {
+        index: {k: v.reshape(shapes[index]) if has_shape(k, v) else v for k, v in state.items()}
+        for index, state in content["state"].items()
+    }
+    return {**content, "state": states}
+
+
+def _flat_of(optimizer: Any, parameter: nn.Parameter) -> tuple[Tensor, dict[str, Any]]:
+    """The flat float32 piece of this rank for the parameter's group, and its optimizer state."""
+    if hasattr(parameter, "ds_id"):
+        group, _, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+    else:
+        flat = next(
+            flat
+            for flat, members in zip(
+                optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True
+            )
+            if any(member is parameter for member in members)
+        )
+    return flat, optimizer.optimizer.state[flat]
+
+
+def _write(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+    """The master (key=None) or an entry of the optimizer's state, this rank's part of it."""
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    if not hasattr(parameter, "ds_id"):
+        if key is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+        return
+    # The full setters of stage 3 fail where the last piece is padded.
+    size, rank = parameter.ds_tensor.numel(), dist.get_rank(parameter.ds_process_group)
+    flat = value.flatten()[rank * size : (rank + 1) * size]
+    piece = F.pad(flat, (0, size - flat.numel()))
+    if key is None:
+        safe_set_local_fp32_param(parameter, piece)
+    else:
+        safe_set_local_optimizer_state(parameter, piece, key)
