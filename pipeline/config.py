@@ -45,7 +45,7 @@ class TrainConfig:
     global_batch_size: int = MISSING  # pairs per optimizer step, all processes
     micro_batch_size: int | None = None  # pairs per process per forward; null: the local batch
     gradient_clip_norm: float | None = None
-    max_skipped_steps: int = 10  # steps whose gradient is not finite; one more ends the run
+    max_skipped_steps: int = 10  # in a row, their gradient not finite; one more ends the run
     log_every_steps: int = 10
     checkpoint_every_steps: int = 100
     keep_checkpoints: int = 2

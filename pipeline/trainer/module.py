@@ -81,7 +81,7 @@ class ContrastiveModule(pl.LightningModule):
     phase: which part of the run this is; its config gives the batch. A checkpoint of the phase
     before hands over the optimizer's state by parameter names, or, with optimizer_state="reset",
     none.
-    max_skipped_steps: steps in a row without a finite gradient that end the run.
+    max_skipped_steps: in a row, for want of a finite gradient; one more ends the run.
     compile_towers: torch.compile for each transformer block; costs a minute at the start.
     """
 

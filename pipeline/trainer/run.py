@@ -142,6 +142,7 @@ def make_module(phase: Phase, *, fresh: bool) -> ContrastiveModule:
         log_every_steps=cfg.log_every_steps,
         seed=cfg.seed,
         optimizer_state=cfg.optimizer_state,
+        max_skipped_steps=cfg.max_skipped_steps,
     )
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 
 class SkippedSteps:
-    """limit: skipped steps in a row that end the run. Single ones are normal: bad batches, and the
-    loss scale of float16 finding its size.
+    """limit: skipped steps in a row; one more ends the run. Single ones are normal: bad batches, and
+    the loss scale of float16 finding its size.
     """
 
     def __init__(self, *, limit: int) -> None:
-        if limit < 1:
-            raise ValueError(f"max_skipped_steps {limit} is below 1")
+        if limit < 0:
+            raise ValueError(f"max_skipped_steps {limit} is negative")
         self.limit = limit
         self.total = self.in_a_row = 0
 
@@ -23,7 +23,7 @@ class SkippedSteps:
         """
         self.in_a_row = 0 if applied else self.in_a_row + 1
         self.total += not applied
-        if self.in_a_row >= self.limit:
+        if self.in_a_row > self.limit:
             raise ValueError(
                 f"the loss or its gradient was not finite in {self.in_a_row} steps in a row (now "
                 f"at {samples_seen} pairs), max_skipped_steps={self.limit}. The last good "
