@@ -174,22 +174,19 @@ class CachedContrastiveStep:
             torch.clear_autocast_cache()
             live, parameters = self.encode(*chunks[-1])
             logged, gradients, own = self._evaluate([*embeddings, live], parameters)
+            nothing = {name: torch.zeros_like(gradient) for name, gradient in own.items()}
             # The chunk that kept its graph goes first, which frees it before another is built.
             surrogate = _surrogate(live, gradients[-1])
             del live, embeddings
             for chunk, gradient, state in zip(chunks[:-1], gradients[:-1], states, strict=True):
-                self._backward(surrogate, last=False)
+                # ZeRO 3 adds to the step before what gets a gradient in a later backward only.
+                self.backward(surrogate + _surrogate(parameters, nothing), last=False)
                 with state.replayed():
                     embeds, parameters = self.encode(*chunk)
                 surrogate = _surrogate(embeds, gradient)
                 del embeds
-            self._backward(surrogate + _surrogate(parameters, own), last=True)
+            self.backward(surrogate + _surrogate(parameters, own), last=True)
         return logged
-
-    def _backward(self, surrogate: Tensor | int, *, last: bool) -> None:
-        """Frozen towers leave nothing to back-propagate before the last."""
-        if last or isinstance(surrogate, Tensor):
-            self.backward(surrogate, last=last)
 
     def _evaluate(
         self, parts: Sequence[Tensors], parameters: Tensors

@@ -5,8 +5,8 @@ from pathlib import Path
 
 
 class SkippedSteps:
-    """limit: skipped steps in a row; one more ends the run. Single ones are normal: bad batches, and
-    the loss scale of float16 finding its size.
+    """limit: skipped steps in a row; one more ends the run. Single ones are normal: bad batches,
+    and the loss scale of float16 finding its size.
     """
 
     def __init__(self, *, limit: int) -> None:

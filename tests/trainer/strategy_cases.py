@@ -34,6 +34,7 @@ from pipeline.trainer.strategies.zero import (
     register_loss_parameters,
     zero_options,
 )
+from pipeline.trainer.strategies.zero_state import whole_weights
 
 BATCH = 8  # no multiple of 3, so that the last micro-batch is smaller
 MICRO_BATCHES = (1, 3, BATCH)
@@ -164,8 +165,8 @@ def two_steps(trained: Trained, adapter: SingleProcess, micro: int, index: int) 
     return results
 
 
-def run_ddp(index: int, dtype: torch.dtype, micro: int) -> dict[str, Any]:
-    trained = Trained(dtype)
+def counting(trained: Trained) -> tuple[DistributedDataParallel, list[int]]:
+    """The wrapped module, and a list that grows by the size of each reduced parameter."""
     # Small buckets, so that there are several.
     wrapped = DistributedDataParallel(trained, bucket_cap_mb=0.005)
     reduced: list[int] = []
@@ -176,16 +177,24 @@ def run_ddp(index: int, dtype: torch.dtype, micro: int) -> dict[str, Any]:
         return work.get_future().then(lambda future: future.value()[0])
 
     wrapped.register_comm_hook(None, hook)
+    return wrapped, reduced
+
+
+def run_ddp(index: int, dtype: torch.dtype, micro: int) -> dict[str, Any]:
+    trained = Trained(dtype)
+    wrapped, reduced = counting(trained)
     steps = two_steps(trained, Replicated(model=wrapped), micro, index)
     return {"steps": steps, "reduced": sum(reduced)}
 
 
-def run_fsdp(index: int, dtype: torch.dtype, micro: int, reduce: str = "once") -> dict[str, Any]:
+def run_fsdp(
+    index: int, dtype: torch.dtype, micro: int, reduce_gradients: str = "once"
+) -> dict[str, Any]:
     trained = Trained(dtype)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     widen_scalars(trained)
     shard(trained, trained.model, mesh)
-    adapter = FullySharded(model=trained, reduce=reduce)
+    adapter = FullySharded(model=trained, reduce_gradients=reduce_gradients)
     results = {"steps": two_steps(trained, adapter, micro, index)}
     adapter.clip(0.01)
     clipped = whole_gradients(trained)
@@ -215,32 +224,31 @@ def engine_of(trained: Trained, stage: int, *, offload: bool = False, **config: 
 
 
 def run_zero(
-    index: int, stage: int, micro: int, *, reduce: str = "once", offload: bool = False
+    index: int, stage: int, micro: int, *, reduce_gradients: str = "once", offload: bool = False
 ) -> dict[str, Any]:
-    """The weights' change by SGD of rate 1 is the gradient."""
-    from pipeline.trainer.strategies.zero_state import whole_weights
-
+    """Two steps, of rate 0 and 1: the weights' change by SGD is then the second's gradient."""
     trained = Trained(torch.float32)
     shapes = widen_scalars(trained)
     engine = engine_of(trained, stage, offload=offload)
-    adapter = Zero(model=engine, backward=engine.backward, reduce=reduce)
-    before = whole_weights(trained, shapes)
-    torch.manual_seed(100 + index)
-    with Sent() as sent:
-        logged = step_of(trained, adapter, micro)(*batch_of(index, torch.float32))
-    adapter.clip(None)
-    engine.step()
+    adapter = Zero(model=engine, backward=engine.backward, reduce_gradients=reduce_gradients)
+    return zero_steps(index, trained, shapes, adapter, micro)
+
+
+def zero_steps(
+    index: int, trained: Trained, shapes: dict[str, torch.Size], adapter: Zero, micro: int
+) -> dict[str, Any]:
+    before, step = whole_weights(trained, shapes), step_of(trained, adapter, micro)
+    for rate in (0.0, 1.0):
+        adapter.model.optimizer.param_groups[0]["lr"] = rate
+        torch.manual_seed(100 + index)
+        with Sent() as sent:
+            logged = step(*batch_of(index, torch.float32))
+        adapter.clip(None)
+        adapter.model.step()
     after = whole_weights(trained, shapes)
-    return {
-        "steps": [
-            {
-                "gradients": {name: before[name] - after[name] for name in before},
-                "loss": logged["loss"].item(),
-                "sent": sent.counts,
-            }
-        ],
-        "outcome": adapter.outcome(),
-    }
+    gradients = {name: before[name] - after[name] for name in before}
+    result = {"gradients": gradients, "loss": logged["loss"].item(), "sent": sent.counts}
+    return {"steps": [result], "outcome": adapter.outcome()}
 
 
 def join(index: int, world: int, directory: str) -> None:

@@ -18,9 +18,13 @@ def adapter(trainer: pl.Trainer, backward: Callable[[Tensor], None]) -> SinglePr
     strategy = trainer.strategy
     match strategy:
         case FullyShardedStrategy():
-            return FullySharded(model=strategy.model, backward=backward, reduce=strategy.reduce)
+            return FullySharded(
+                model=strategy.model, backward=backward, reduce_gradients=strategy.reduce_gradients
+            )
         case ZeroStrategy():
-            return Zero(model=strategy.model, backward=backward, reduce=strategy.reduce)
+            return Zero(
+                model=strategy.model, backward=backward, reduce_gradients=strategy.reduce_gradients
+            )
         case DDPStrategy():
             return Replicated(model=strategy.model, backward=backward)
         case _:

@@ -27,8 +27,8 @@ _AS_IT_IS = MixedPrecisionPolicy()
 
 
 class FullySharded(SingleProcess):
-    """reduce: "once" a step, which holds a process's whole gradient until then; or at "each"
-    micro-batch, which holds only pieces and sends as often.
+    """reduce_gradients: "once" a step, which holds a process's whole gradient until then; or at
+    "each" micro-batch, which holds only pieces and sends as often.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class FullySharded(SingleProcess):
         *,
         model: nn.Module,
         backward: Callable[[Tensor], None] = Tensor.backward,
-        reduce: Reduce = "once",
+        reduce_gradients: Reduce = "once",
     ) -> None:
         super().__init__(model=model, backward=backward)
-        self.reduce = reduce
+        self.reduce_gradients = reduce_gradients
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        self.model.set_requires_gradient_sync(last or self.reduce == "each")
+        self.model.set_requires_gradient_sync(last or self.reduce_gradients == "each")
         self.model.set_is_last_backward(last)
         self._backward(loss)
 
@@ -72,22 +72,22 @@ def shard(
 class FullyShardedStrategy(ModelParallelStrategy):
     """Lightning's strategy for FSDP2, with checkpoints that any strategy reads.
 
-    reduce: see `FullySharded`.  gather_bfloat16: send the blocks' weights in half the bytes; only
-    with trainer.precision=bf16-mixed, where products are computed in it anyway (the weights of
-    their norms are rounded too).
+    reduce_gradients: see `FullySharded`.  gather_bfloat16: send the blocks' weights in half the
+    bytes; only with trainer.precision=bf16-mixed, where products are computed in it anyway (the
+    weights of their norms are rounded too).
     """
 
     def __init__(
         self,
         *,
-        reduce: Reduce = "once",
+        reduce_gradients: Reduce = "once",
         gather_bfloat16: bool = False,
         process_group_backend: str | None = None,
     ) -> None:
         super().__init__(
             save_distributed_checkpoint=False, process_group_backend=process_group_backend
         )
-        self.reduce, self.gather_bfloat16 = reduce, gather_bfloat16
+        self.reduce_gradients, self.gather_bfloat16 = reduce_gradients, gather_bfloat16
         self._shapes: dict[str, torch.Size] = {}
 
     def setup_environment(self) -> None:

@@ -44,17 +44,19 @@ def prepare_cpu() -> None:
 class Zero(SingleProcess):
     """model: deepspeed's engine; it clips, decides whether to step, and keeps the loss scale.
 
-    reduce: "once" a step, which holds a process's whole gradient until then; or at "each"
+    reduce_gradients: "once" a step, which holds a process's whole gradient until then; or at "each"
     micro-batch, which in stages 2 and 3 holds only pieces and sends as often. Stages 0 and 1 send
     once either way.
     """
 
     model: Any  # deepspeed.DeepSpeedEngine
 
-    def __init__(self, *, model: Any, backward: Callable[[Tensor], None], reduce: Reduce) -> None:
+    def __init__(
+        self, *, model: Any, backward: Callable[[Tensor], None], reduce_gradients: Reduce
+    ) -> None:
         super().__init__(model=model, backward=backward)
         self.stage = model.zero_optimization_stage()
-        self.coalesced = reduce == "once" and self.stage >= 2
+        self.coalesced = reduce_gradients == "once" and self.stage >= 2
 
     def session(self) -> AbstractContextManager:
         return self.model.coalesce_grad_reduction() if self.coalesced else nullcontext()
@@ -105,7 +107,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     """Lightning's strategy for DeepSpeed, with checkpoints that any strategy reads, also on CPUs.
 
     stage: 0 to 3.  offload: keep optimizer state, and in stage 3 parameters, in the host's memory.
-    reduce: see `Zero`.  options: further keys of deepspeed's `zero_optimization`.
+    reduce_gradients: see `Zero`.  options: further keys of deepspeed's `zero_optimization`.
     Raises ValueError for what DeepSpeed would do wrongly without a word.
     """
 
@@ -114,7 +116,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         *,
         stage: int,
         offload: bool = False,
-        reduce: Reduce = "once",
+        reduce_gradients: Reduce = "once",
         options: Mapping[str, Any] | None = None,
     ) -> None:
         if stage not in range(4) or (offload and stage == 0):
@@ -129,7 +131,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         config["zero_optimization"] |= dict(options or {})
         super().__init__(config=config, logging_batch_size_per_gpu=1)
         self.config.setdefault("train_micro_batch_size_per_gpu", 1)  # for its own log alone
-        self.stage, self.reduce, self.on_cpu = stage, reduce, on_cpu
+        self.stage, self.reduce_gradients, self.on_cpu = stage, reduce_gradients, on_cpu
         self._names: list[list[str]] = []
         self._shapes: dict[str, torch.Size] = {}
 

@@ -79,6 +79,7 @@ def whole_optimizer(
 
     if engine.zero_optimization_stage() == 0:
         return _reshaped(engine.optimizer.state_dict(), [shapes[n] for g in names for n in g])
+    _link(engine)
     parameters = dict(engine.module.named_parameters())
     states: dict[int, dict[str, Any]] = {}
     groups, index = [], 0
@@ -114,15 +115,22 @@ def load_optimizer(engine: Any, names: list[list[str]], content: Mapping[str, An
         flat, held = _flat_of(engine.optimizer, members[index])
         for key, value in state.items():
             held.setdefault(key, torch.zeros_like(flat) if has_shape(key, value) else value)
-    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:
-        link()
+    _link(engine)
     for index, state in content["state"].items():
         for key, value in state.items():
             if has_shape(key, value):
                 _write(members[index], value, key)
     for group, saved in zip(engine.optimizer.param_groups, content["param_groups"], strict=True):
         group.update({key: value for key, value in saved.items() if key != "params"})
+
+
+def _link(engine: Any) -> None:
+    """Stages 1 and 2 link parameters to optimizer state after the first group's first step, when
+    the other groups have none, and never again.
+    """
+    if engine.zero_optimization_stage() < 3:
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _reshaped(content: Mapping[str, Any], shapes: list[torch.Size]) -> dict[str, Any]:
