@@ -34,7 +34,7 @@ from pipeline.trainer.strategies.zero import (
     register_loss_parameters,
     zero_options,
 )
-from pipeline.trainer.strategies.zero_state import whole_weights
+from pipeline.trainer.strategies.zero_state import value_of
 
 BATCH = 8  # no multiple of 3, so that the last micro-batch is smaller
 MICRO_BATCHES = (1, 3, BATCH)
@@ -234,10 +234,16 @@ def run_zero(
     return zero_steps(index, trained, shapes, adapter, micro)
 
 
+def weights_of(trained: Trained, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Of every rank, from the float32 masters."""
+    values = {name: value_of(parameter) for name, parameter in trained.named_parameters()}
+    return {name: value.reshape(shapes[name]) for name, value in values.items()}
+
+
 def zero_steps(
     index: int, trained: Trained, shapes: dict[str, torch.Size], adapter: Zero, micro: int
 ) -> dict[str, Any]:
-    before, step = whole_weights(trained, shapes), step_of(trained, adapter, micro)
+    before, step = weights_of(trained, shapes), step_of(trained, adapter, micro)
     for rate in (0.0, 1.0):
         adapter.model.optimizer.param_groups[0]["lr"] = rate
         torch.manual_seed(100 + index)
@@ -245,7 +251,7 @@ def zero_steps(
             logged = step(*batch_of(index, torch.float32))
         adapter.clip(None)
         adapter.model.step()
-    after = whole_weights(trained, shapes)
+    after = weights_of(trained, shapes)
     gradients = {name: before[name] - after[name] for name in before}
     result = {"gradients": gradients, "loss": logged["loss"].item(), "sent": sent.counts}
     return {"steps": [result], "outcome": adapter.outcome()}

@@ -1,7 +1,9 @@
 """Short real runs on every strategy, one after another in the same two processes."""
 
+import logging
 import os
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from pipeline.check import composed
 from pipeline.config import build, check
 from pipeline.phases import phases
+from pipeline.trainer.checkpoints import find_newest
 from pipeline.trainer.run import claim, loggers, make_module, make_trainer, run_directory
 
 WORDS = {
@@ -20,12 +23,14 @@ WORDS = {
     "deepspeed_1": ["trainer=deepspeed_1"],
     "deepspeed_2": ["trainer=deepspeed_2"],
     "deepspeed_3": ["trainer=deepspeed_3"],
+    "deepspeed_2_offload": ["trainer=deepspeed_2", "trainer.strategy.offload=true"],
+    "deepspeed_3_offload": ["trainer=deepspeed_3", "trainer.strategy.offload=true"],
 }
-STEPS, MIDDLE = 4, 2
+LEG = 2  # steps of each strategy
 
 
-def config_of(data: Path, runs: Path, name: str, words: list[str]) -> Any:
-    """Four steps of two processes: uneven micro-batches, clipping that bites, dropped tokens."""
+def config_of(data: Path, runs: Path, name: str, steps: int, words: list[str]) -> Any:
+    """Steps of two processes: uneven micro-batches, clipping that bites, dropped tokens."""
     cfg = composed(
         "train",
         [
@@ -36,9 +41,9 @@ def config_of(data: Path, runs: Path, name: str, words: list[str]) -> Any:
             f"data.shards={data}/shards",
             f"tokenizer.path={data}/tokenizer",
             "model.text.vocab_size=600",
-            f"samples_seen={32 * STEPS}",
-            f"checkpoint_every_steps={MIDDLE}",
-            "keep_checkpoints=10",
+            f"samples_seen={32 * steps}",
+            f"checkpoint_every_steps={LEG}",
+            "keep_checkpoints=100",
             "micro_batch_size=7",
             "gradient_clip_norm=0.5",
             "trainer.accelerator=cpu",
@@ -57,21 +62,33 @@ class SaveAtOnce(pl.Callback):
         self.path = path
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.save_checkpoint(self.path)
+        if trainer.global_step:
+            trainer.save_checkpoint(self.path)
 
 
-def run(cfg: Any, *, start: Path | None = None, callbacks: tuple[pl.Callback, ...] = ()) -> None:
-    """`pipeline.trainer.run.train`, with more callbacks and from a checkpoint of another run."""
+class StopAt(pl.Callback):
+    """A run that ends early, as one that is continued elsewhere."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+def run(cfg: Any, *callbacks: pl.Callback) -> None:
+    """`pipeline.trainer.run.train` of a run without phases, with more callbacks."""
     directory = run_directory(cfg)
     claim(cfg, directory)
+    newest = find_newest(directory / "checkpoints")
     (phase,) = phases(cfg)
-    module = make_module(phase, fresh=start is None)
+    module = make_module(phase, fresh=newest is None)
     trainer = make_trainer(phase, directory, loggers(cfg))
-    trainer.callbacks.extend([*callbacks, SaveAtOnce(directory / "at_once.ckpt")])
+    trainer.callbacks.extend(callbacks)
     data = build(cfg.data).for_run(
         transform=module.transform, tokenizer=build(cfg.tokenizer), phase=phase, seed=cfg.seed
     )
-    trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
 
 
 def free_port() -> str:
@@ -90,17 +107,16 @@ def launched(index: int, port: str) -> None:
         "MASTER_PORT": port,
         "DS_ACCELERATOR": "cpu",
     }
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
 
 
-def every_strategy(index: int, port: str, data: Path, runs: Path) -> None:
-    """From scratch; from the middle of DDP's run; and DDP from the middle of theirs."""
+def relay(index: int, port: str, data: Path, runs: Path, strategies: list[str]) -> None:
+    """One run that every strategy continues for two steps; and the same under DDP alone."""
     launched(index, port)
-    for name, words in WORDS.items():
-        run(config_of(data, runs, name, words))
-    for name, words in WORDS.items():
-        if name == "ddp":
-            continue
-        start = runs / "ddp" / "checkpoints" / f"step-{MIDDLE:08d}.ckpt"
-        run(config_of(data, runs, f"ddp_to_{name}", words), start=start)
-        start = runs / name / "checkpoints" / f"step-{MIDDLE:08d}.ckpt"
-        run(config_of(data, runs, f"{name}_to_ddp", WORDS["ddp"]), start=start)
+    steps = LEG * len(strategies)
+    for leg, name in enumerate(strategies):
+        cfg = config_of(data, runs, "relay", steps, WORDS[name])
+        at_once = SaveAtOnce(runs / f"at_once-{leg * LEG}.ckpt")
+        run(cfg, StopAt((leg + 1) * LEG), at_once)
+    run(config_of(data, runs, "ddp", steps, WORDS["ddp"]))

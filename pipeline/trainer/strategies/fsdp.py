@@ -107,9 +107,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return True
 
     def _whole(self, name: str, value: Any) -> Any:
-        """A tensor of a parameter's shape, on the CPU; a collective where it is in pieces."""
+        """A tensor of a parameter's shape, on rank 0's CPU; a collective where it is in pieces."""
         if isinstance(value, DTensor):
-            return value.full_tensor().reshape(self._shapes[name]).cpu()
+            whole = value.full_tensor().reshape(self._shapes[name])
+            return whole.cpu() if self.is_global_zero else torch.empty(0)
         return value.cpu() if isinstance(value, Tensor) else value
 
     @staticmethod

@@ -5,6 +5,7 @@ collectives: every rank calls them with the same modules. Stages 1 to 3 keep flo
 trained parameters apart from the parameters, also in float32; here both are read and written.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.distributed import rank
 from pipeline.trainer.checkpoints import check_names, has_shape
 
 
@@ -48,10 +50,12 @@ def set_value(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def whole_weights(module: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """module.state_dict() as one process would give it, on the CPU. shapes: of its parameters."""
+    """module.state_dict() as one process would give it, on rank 0's CPU. shapes: of its
+    parameters.
+    """
     parameters = dict(module.named_parameters())
     return {
-        name: value_of(parameters[name]).reshape(shapes[name]).cpu()
+        name: _on_rank_0(value_of(parameters[name]), shapes[name])
         if name in parameters
         else tensor.detach().cpu().clone()
         for name, tensor in module.state_dict().items()
@@ -84,19 +88,16 @@ def whole_optimizer(
     states: dict[int, dict[str, Any]] = {}
     groups, index = [], 0
     for group, members in zip(engine.optimizer.param_groups, names, strict=True):
-        for position, name in enumerate(members):
-            parameter = parameters[name]
-            _, state = _flat_of(engine.optimizer, parameter)
-            states[index + position] = {
-                key: safe_get_full_optimizer_state(parameter, key)
-                .reshape(shapes[name])
-                .cpu()
-                .clone()
+        numbers = list(range(index, index + len(members)))
+        for number, name in zip(numbers, members, strict=True):
+            _, state = _flat_of(engine.optimizer, parameters[name])
+            states[number] = {
+                key: _on_rank_0(safe_get_full_optimizer_state(parameters[name], key), shapes[name])
                 if has_shape(key, value)
-                else value
+                # Each parameter counts for itself, or an optimizer that reads it counts them all.
+                else copy.deepcopy(value)
                 for key, value in state.items()
             }
-        numbers = list(range(index, index + len(members)))
         groups.append({k: v for k, v in group.items() if k != "params"} | {"params": numbers})
         index += len(members)
     return {"state": {i: s for i, s in states.items() if s}, "param_groups": groups}
@@ -104,7 +105,9 @@ def whole_optimizer(
 
 @torch.no_grad()
 def load_optimizer(engine: Any, names: list[list[str]], content: Mapping[str, Any]) -> None:
-    """Counts are one for each of the engine's flat pieces: those of a piece's first parameter."""
+    """Counts are one for each of the engine's flat pieces: those of a piece's first parameter. One
+    that comes without state (it was frozen) starts from zero moments with that count.
+    """
     parameters = dict(engine.module.named_parameters())
     if engine.zero_optimization_stage() == 0:
         held = [parameters[name].shape for group in names for name in group]
@@ -114,7 +117,8 @@ def load_optimizer(engine: Any, names: list[list[str]], content: Mapping[str, An
     for index, state in content["state"].items():
         flat, held = _flat_of(engine.optimizer, members[index])
         for key, value in state.items():
-            held.setdefault(key, torch.zeros_like(flat) if has_shape(key, value) else value)
+            fresh = torch.zeros_like(flat) if has_shape(key, value) else copy.deepcopy(value)
+            held.setdefault(key, fresh)
     _link(engine)
     for index, state in content["state"].items():
         for key, value in state.items():
@@ -122,6 +126,11 @@ def load_optimizer(engine: Any, names: list[list[str]], content: Mapping[str, An
                 _write(members[index], value, key)
     for group, saved in zip(engine.optimizer.param_groups, content["param_groups"], strict=True):
         group.update({key: value for key, value in saved.items() if key != "params"})
+
+
+def _on_rank_0(value: Tensor, shape: torch.Size) -> Tensor:
+    """Whole tensors do not fit everywhere at once: the other ranks keep none."""
+    return value.reshape(shape).cpu().clone() if rank() == 0 else torch.empty(0)
 
 
 def _link(engine: Any) -> None:
@@ -173,8 +182,8 @@ def _write(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
             safe_set_full_optimizer_state(parameter, value, key)
         return
     # The full setters of stage 3 fail where the last piece is padded.
-    size, rank = parameter.ds_tensor.numel(), dist.get_rank(parameter.ds_process_group)
-    flat = value.flatten()[rank * size : (rank + 1) * size]
+    size, place = parameter.ds_tensor.numel(), dist.get_rank(parameter.ds_process_group)
+    flat = value.flatten()[place * size : (place + 1) * size]
     piece = F.pad(flat, (0, size - flat.numel()))
     if key is None:
         safe_set_local_fp32_param(parameter, piece)

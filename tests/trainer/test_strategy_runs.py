@@ -1,0 +1,84 @@
+"""Real runs on every strategy: a checkpoint of one is a checkpoint of all."""
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from pipeline.evals.trained import TrainedClip, read_checkpoint
+from pipeline.tracking.metrics import read_metrics
+from tests.trainer import strategy_runs as runs
+
+FAST = ["ddp", "fsdp", "deepspeed_1", "deepspeed_3", "ddp"]
+SLOW = [
+    "deepspeed_2",
+    "deepspeed_3",
+    "fsdp",
+    "deepspeed_3",
+    "deepspeed_0",
+    "deepspeed_2",
+    "deepspeed_3_offload",
+    "deepspeed_2_offload",
+    "fsdp",
+]
+
+
+@pytest.fixture(scope="module", params=[FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=len)
+def relay(request, data, tmp_path_factory):
+    """(folder of the runs, strategies in order)"""
+    folder = tmp_path_factory.mktemp("relay")
+    mp.spawn(runs.relay, args=(runs.free_port(), data, folder, request.param), nprocs=2)
+    return folder, request.param
+
+
+def checkpoint(folder, run, step):
+    return read_checkpoint(folder / run / "checkpoints" / f"step-{step:08d}.ckpt")
+
+
+def test_the_relay_trains_as_one_run(relay):
+    folder, strategies = relay
+    ours, alone = (read_metrics(folder / name) for name in ("relay", "ddp"))
+    assert [row["step"] for row in ours] == list(range(1, runs.LEG * len(strategies) + 1))
+    for a, b in zip(ours, alone, strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], abs=2e-5)
+        assert a["train/logit_scale"] == pytest.approx(b["train/logit_scale"], abs=1e-4)
+        assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=2e-3)
+        assert a["train/skipped_steps"] == 0
+    assert min(row["train/grad_norm"] for row in alone[:2]) > 0.5  # clipping had to bite
+
+
+def test_loading_changes_nothing(relay):
+    """Weights and optimizer state, bit for bit, whatever wrote them and whatever reads them."""
+    folder, strategies = relay
+    for step in range(runs.LEG, runs.LEG * len(strategies), runs.LEG):
+        written = checkpoint(folder, "relay", step)
+        loaded = read_checkpoint(folder / f"at_once-{step}.ckpt")
+        assert written["state_dict"].keys() == loaded["state_dict"].keys()
+        for name, tensor in written["state_dict"].items():
+            assert torch.equal(tensor, loaded["state_dict"][name]), (step, name)
+        (before,), (after,) = (c["optimizer_states"] for c in (written, loaded))
+        assert before["state"].keys() == after["state"].keys()
+        for index, state in before["state"].items():
+            for key, value in state.items():
+                assert torch.equal(value, after["state"][index][key]), (step, index, key)
+        for group, same in zip(before["param_groups"], after["param_groups"], strict=True):
+            assert group["params"] == same["params"] and group["names"] == same["names"]
+
+
+def test_weights_are_ddps(relay):
+    folder, strategies = relay
+    last = runs.LEG * len(strategies)
+    ours, alone = (checkpoint(folder, name, last) for name in ("relay", "ddp"))
+    for name, tensor in alone["state_dict"].items():
+        assert ours["state_dict"][name].shape == tensor.shape
+        assert torch.allclose(ours["state_dict"][name], tensor, atol=2e-3), name
+    (mine,), (theirs,) = (c["optimizer_states"] for c in (ours, alone))
+    for index, state in theirs["state"].items():
+        assert mine["state"][index]["step"] == state["step"] == last
+        assert mine["state"][index]["exp_avg"].shape == state["exp_avg"].shape
+
+
+def test_evaluation_reads_them(relay):
+    folder, _ = relay
+    ours, alone = (TrainedClip.load(folder / name) for name in ("relay", "ddp"))
+    embeds = ours.text_embed(["thing number 3"])
+    assert torch.allclose(embeds, alone.text_embed(["thing number 3"]), atol=1e-2)
