@@ -22,7 +22,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from pipeline.phases import phase_config, phase_problems
 
@@ -195,6 +195,8 @@ def _component_problems(node: DictConfig, path: str) -> list[str]:
                 value = node[key]
                 if not OmegaConf.is_config(value):
                     OmegaConf.structured(schema)[key] = value
+            except InterpolationToMissingValueError:
+                continue  # named where it is missing
             except OmegaConfBaseException as error:
                 found.append(f"{path}.{key}: {str(error).splitlines()[0]}")
     if node.get("_partial_"):
@@ -235,6 +237,8 @@ def problems(node: Any, path: str = "", *, inside: bool = False) -> list[str]:
             continue
         try:
             value = node[key]
+        except InterpolationToMissingValueError:
+            continue
         except OmegaConfBaseException as error:  # an interpolation that points nowhere
             found.append(f"{here}: {str(error).splitlines()[0]}")
             continue

@@ -9,9 +9,8 @@ run's; with the same one, or none, it changes the named values. Interpolations a
 the phase: the transform follows the phase's image size. Of the model only sizes may change
 (RESIZABLE), what does not fit any more is resized once, where the phase begins.
 
-`every_phase` holds changes that are made last, in each phase: what a whole recipe is made small with,
-whatever its phases say. Its samples_seen is the sum over the phases, of which each sees an equal
-share.
+`every_phase` holds changes that are made last, in each phase: a whole recipe is made small with it,
+whatever its phases say. Its samples_seen is the sum over the phases, which see equal shares.
 """
 
 from collections.abc import Mapping
@@ -90,7 +89,7 @@ def _change(node: DictConfig, change: Mapping[str, Any]) -> None:
 
 
 def _changes(cfg: DictConfig, key: str, node: DictConfig | None) -> dict[str, Any]:
-    """The changes below `key`. Raises ValueError for what belongs to the whole run, or to nothing."""
+    """The changes below `key`. Raises ValueError for a key of the whole run, or of nothing."""
     change = OmegaConf.to_container(node, resolve=False) if node else {}
     known = list(cfg)  # `in` would hide missing values
     for name in change:

@@ -1,5 +1,5 @@
-"""Captions -> token ids, by any tokenizer that Hugging Face's libraries save: BERT's WordPiece, XLM-V's and
-SigLIP's SentencePiece.
+"""Captions -> token ids, by any tokenizer that Hugging Face's libraries save: BERT's WordPiece,
+XLM-V's and SigLIP's SentencePiece.
 
 Letters: B captions, L context length.
 """
@@ -30,8 +30,8 @@ class HfTokenizer:
         file = file if file.is_file() else file / "tokenizer.json"
         if not file.is_file():
             raise ValueError(
-                f"no tokenizer.json at {path}: set tokenizer.path to a directory that transformers' "
-                "AutoTokenizer.save_pretrained wrote"
+                f"no tokenizer.json at {path}: set tokenizer.path to a directory that "
+                "transformers' AutoTokenizer.save_pretrained wrote"
             )
         self.path, self.context_length = path, context_length
         self._tokenizer = Tokenizer.from_file(str(file))
