@@ -140,7 +140,7 @@ def tower_cost(
     half: what matrix products are computed in under mixed precision; None for the weights' own.
     recompute: activation checkpointing of the blocks.
     """
-    both = nn.ModuleList([tower, projection])
+    both = nn.ModuleDict({"tower": tower, "projection": projection})
     with FlopCounterMode(display=False) as counter, LikeAGpu(half):
         forward(1)
     one, two = (kept_bytes(both, lambda n=n: forward(n), half, recompute=recompute) for n in (1, 2))
