@@ -16,7 +16,7 @@ from pipeline.cost.towers import KeptBytes, blocks_of, kept_bytes, tower_cost
 from pipeline.losses.objective import Objective
 from pipeline.losses.softmax import SoftmaxLoss
 from pipeline.phases import phases
-from pipeline.trainer.cached_step import CachedContrastiveStep
+from pipeline.trainer.cached_step import CachedContrastiveStep, encoded, formula
 
 TINY = ["recipe=emoji", "debug=tiny", "name=x", "data.shards=y", "model.text.vocab_size=600"]
 # GFLOPs of one forward, image and text: open_clip, docs/model_profile.csv
@@ -152,11 +152,11 @@ def test_a_step_has_the_operations_that_are_counted(micro_batch):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         counter = FlopCounterMode(display=False)
         model, _ = micro()
+        objective = Objective(terms={"softmax": SoftmaxLoss()})
         step = CachedContrastiveStep(
-            encode=model,
-            loss_parameters=model.loss_parameters(),
+            encode=lambda *chunk: encoded(model, objective, chunk, frozenset()),
             loss_scalars=model.loss_scalars,
-            objective=Objective(terms={"softmax": SoftmaxLoss()}, weights={}),
+            objective=formula(objective),
             micro_batch_size=micro_batch,
         )
         kept = torch.stack([torch.randperm(64)[: cost.kept] for _ in range(8)])
