@@ -1,5 +1,5 @@
-"""COMMAND: is this config right? `python -m pipeline.check recipe=R [overrides]` or `--all`.
-Builds nothing.
+"""COMMAND: is this config right, and what will it cost? `python -m pipeline.check recipe=R
+[overrides]`, or `--all`, which does not count costs. Builds nothing but shapes.
 
 Works on a laptop for any cluster: `world_size=N` is the number of processes to divide the batch by.
 """
@@ -7,16 +7,22 @@ Works on a laptop for any cluster: `world_size=N` is the number of processes to 
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
-from pipeline.config import CONF, check
+from pipeline.config import CONF, MISSING_WORD, check, run_problems
+from pipeline.phases import phases
 
-USAGE = """usage: clip-check recipe=R [key=value ...] [world_size=N]
+MFU = 0.4  # share of the peak that a run is assumed to reach
+
+USAGE = """usage: clip-check recipe=R [key=value ...] [world_size=N] [mfu=0.4]
+                                                      and what each phase costs: GPU-hours, memory
        clip-check --config curate [key=value ...]     another command's config: curate evaluate
        export
        clip-check --all                               every recipe and every dataset preset"""
@@ -49,42 +55,85 @@ def everything() -> Iterator[tuple[str, list[str]]]:
         yield "curate", [f"dataset={path.stem}", "pool=pool", "out=shards"]
 
 
-def verdict(
-    name: str, overrides: list[str], world_size: int | None, *, complete: bool = True
-) -> str | None:
-    """The problems of a config as text, or None. complete: a value that is `???` is a problem."""
+@dataclass(frozen=True)
+class Verdict:
+    """problems: as text, "" for none. missing: values that the user has still to give, by path."""
+
+    cfg: DictConfig | None
+    problems: str
+    missing: list[str]
+
+
+def verdict(name: str, overrides: list[str], world_size: int | None) -> Verdict:
+    """What is wrong with a config; a value that is `???` is still to be given."""
+    cfg = None
     try:
         cfg = composed(name, overrides)
-        check(cfg, world_size=world_size or processes(cfg), complete=complete)
+        number = world_size or processes(cfg)
+        check(cfg, world_size=number, complete=False)
+        lines = [line for line in run_problems(cfg, number) if MISSING_WORD in line]
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        return str(error)
-    return None
+        return Verdict(cfg, str(error), [])
+    return Verdict(cfg, "", [line.partition(":")[0] for line in lines])
+
+
+def print_costs(cfg: DictConfig, world_size: int, mfu: float) -> None:
+    """Tables of what a training run costs; a line that says why where it cannot be counted."""
+    from pipeline.cost.phase import phase_cost  # torch and the towers: seconds that --all saves
+    from pipeline.cost.table import cost_tables
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for key, text in cfg.recipe_info.items():
+        console.print(f"  {key}: {text}", highlight=False, soft_wrap=True)
+    try:
+        costs = [phase_cost(phase, world_size) for phase in phases(cfg)]
+    except OmegaConfBaseException as error:  # a size that is still to be given
+        console.print(f"  no costs: {str(error).splitlines()[0]}", highlight=False)
+        return
+    console.print(cost_tables(costs, mfu))
+
+
+def option(given: list[str], name: str, least: float) -> tuple[str | None, list[str]]:
+    """The last name=value among the words, and the others. Exits with 2 unless it is a number
+    above `least`.
+    """
+    values = [word.partition("=")[2] for word in given if word.startswith(f"{name}=")]
+    for value in values:
+        try:
+            good = float(value) > least
+        except ValueError:
+            good = False
+        if not good:
+            print(f"clip-check: {name}={value}: a number above {least}")
+            sys.exit(2)
+    rest = [word for word in given if not word.startswith(f"{name}=")]
+    return (values[-1] if values else None), rest
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print what is wrong; exit 2 if anything is."""
+    """Print what is wrong, and what a single training config costs; exit 2 if anything is wrong."""
     given = sys.argv[1:] if arguments is None else arguments
     if not given or "--help" in given or "-h" in given:
         print(USAGE)
         sys.exit(0 if given else 2)
-    sizes = [a.partition("=")[2] for a in given if a.startswith("world_size=")]
-    if any(not size.isdigit() or int(size) < 1 for size in sizes):
-        print(f"clip-check: world_size={sizes[-1]}: a number of processes, at least 1")
-        sys.exit(2)
-    world_size = int(sizes[-1]) if sizes else None
-    given = [a for a in given if not a.startswith("world_size=")]
+    size, given = option(given, "world_size", 0)
+    mfu, given = option(given, "mfu", 0)
+    world_size = int(size) if size else None
     name = "train"
     if given[:1] == ["--config"]:
         name, given = (given[1] if len(given) > 1 else ""), given[2:]
     everywhere = given == ["--all"]
-    jobs = list(everything()) if everywhere else [(name, given)]
     failed = 0
-    for command, overrides in jobs:
-        problem = verdict(command, overrides, world_size, complete=not everywhere)
-        failed += problem is not None
-        print(f"{'FAIL' if problem else 'ok  '} {command} {' '.join(overrides)}")
-        if problem:
-            print(f"  {problem}")
+    for command, overrides in everything() if everywhere else [(name, given)]:
+        found = verdict(command, overrides, world_size)
+        failed += bool(found.problems)
+        print(f"{'FAIL' if found.problems else 'ok  '} {command} {' '.join(overrides)}")
+        if found.problems:
+            print(f"  {found.problems}")
+        if found.missing and not everywhere:
+            print(f"  still to give: {', '.join(f'{path}=...' for path in found.missing)}")
+        if command == "train" and not everywhere and not found.problems:
+            print_costs(found.cfg, world_size or processes(found.cfg), float(mfu or MFU))
     sys.exit(2 if failed else 0)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from pipeline.phases import phase_config, phase_problems
 
@@ -52,6 +52,8 @@ class TrainConfig:
     recipe_info: dict[str, str] = field(default_factory=dict)  # source, expected result, price
     # changes of this config, one after the other; their samples_seen add up (pipeline/phases.py)
     phases: dict[str, Any] = field(default_factory=dict)
+    # changes made last, in each phase: what debug=tiny makes a whole recipe small with
+    every_phase: dict[str, Any] | None = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)  # parameters that do not learn: image.*
     optimizer_state: str = "keep"  # keep | reset, where a phase begins
     data: Any = MISSING
@@ -150,7 +152,7 @@ ROOTS = {
 }
 COLLECTIONS = {"loss", "tracking", "eval", "annotate", "select"}  # components keyed by name
 PLAIN = {"loss_weights", "recipe_info", "order", "frozen"}  # values, not components
-ELSEWHERE = {"phases"}  # each is checked as the config that it makes
+ELSEWHERE = {"phases", "every_phase"}  # checked as the configs that they make
 
 for _name, _schema in ROOTS.items():
     ConfigStore.instance().store(name=f"{_name}_schema", node=_schema)
@@ -193,6 +195,8 @@ def _component_problems(node: DictConfig, path: str) -> list[str]:
                 value = node[key]
                 if not OmegaConf.is_config(value):
                     OmegaConf.structured(schema)[key] = value
+            except InterpolationToMissingValueError:
+                continue  # named where it is missing
             except OmegaConfBaseException as error:
                 found.append(f"{path}.{key}: {str(error).splitlines()[0]}")
     if node.get("_partial_"):
@@ -233,6 +237,8 @@ def problems(node: Any, path: str = "", *, inside: bool = False) -> list[str]:
             continue
         try:
             value = node[key]
+        except InterpolationToMissingValueError:
+            continue
         except OmegaConfBaseException as error:  # an interpolation that points nowhere
             found.append(f"{here}: {str(error).splitlines()[0]}")
             continue

@@ -8,6 +8,9 @@ A phase may change every key but those of FIXED. A component with another `_targ
 run's; with the same one, or none, it changes the named values. Interpolations are resolved within
 the phase: the transform follows the phase's image size. Of the model only sizes may change
 (RESIZABLE), what does not fit any more is resized once, where the phase begins.
+
+`every_phase` holds changes that are made last, in each phase: a whole recipe is made small with it,
+whatever its phases say. Its samples_seen is the sum over the phases, which see equal shares.
 """
 
 from collections.abc import Mapping
@@ -21,6 +24,7 @@ FIXED = (  # what belongs to the run as a whole
     "runs_dir",
     "seed",
     "phases",
+    "every_phase",
     "init",
     "trainer",
     "tracking",
@@ -84,26 +88,44 @@ def _change(node: DictConfig, change: Mapping[str, Any]) -> None:
             node[key] = value
 
 
+def _changes(cfg: DictConfig, key: str, node: DictConfig | None) -> dict[str, Any]:
+    """The changes below `key`. Raises ValueError for a key of the whole run, or of nothing."""
+    change = OmegaConf.to_container(node, resolve=False) if node else {}
+    known = list(cfg)  # `in` would hide missing values
+    for name in change:
+        if name in FIXED:
+            raise ValueError(
+                f"{key}.{name}: belongs to the run as a whole; a phase can change anything "
+                f"but {', '.join(FIXED)}"
+            )
+        if name not in known:
+            raise ValueError(f"{key}.{name}: a run has no such key")
+    return change
+
+
+def _equal_share(config: DictConfig, names: list[str], name: str) -> int:
+    """Pairs of one phase, whole batches, where samples_seen of `config` is the sum over them."""
+    batch, index = config.global_batch_size, names.index(name)
+    begin, end = (
+        config.samples_seen * n // len(names) // batch * batch for n in (index, index + 1)
+    )
+    return end - begin
+
+
 def phase_config(cfg: DictConfig, name: str) -> DictConfig:
     """The run's config as it stands in the phase `name`. Raises ValueError for a key that belongs
     to the whole run, KeyError or another of OmegaConf's for one that is no key.
     """
-    change = OmegaConf.to_container(cfg.phases[name], resolve=False)
-    fixed = [key for key in change if key in FIXED]
-    if fixed:
-        raise ValueError(
-            f"phases.{name}.{fixed[0]}: belongs to the run as a whole; a phase can change anything "
-            f"but {', '.join(FIXED)}"
-        )
+    change = _changes(cfg, f"phases.{name}", cfg.phases[name])
+    last = _changes(cfg, "every_phase", cfg.get("every_phase"))
     config = cfg.copy()
-    known = list(config)  # `in` would hide missing values
-    unknown = [key for key in change if key not in known]
-    if unknown:
-        raise ValueError(f"phases.{name}.{unknown[0]}: a run has no such key")
     with open_dict(config):  # a wrong key within a component is named by `config.problems`
         config.samples_seen = MISSING  # the run's is the sum
-        config.phases = {}
+        config.phases, config.every_phase = {}, {}
         _change(config, change)
+        _change(config, last)
+        if "samples_seen" in last and not OmegaConf.is_missing(config, "global_batch_size"):
+            config.samples_seen = _equal_share(config, list(cfg.phases), name)
     return config
 
 

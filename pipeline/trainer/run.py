@@ -2,7 +2,6 @@
 trainer.
 """
 
-import fnmatch
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,10 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from pipeline.config import build
 from pipeline.losses.objective import Objective
+from pipeline.models.freeze import freeze
 from pipeline.optim.groups import describe
 from pipeline.phases import Phase, flat, phases
 from pipeline.tracking.metrics import MetricsFile
@@ -102,20 +101,6 @@ def claim(cfg: DictConfig, directory: Path) -> None:
     part = path.with_suffix(".part")
     OmegaConf.save(OmegaConf.create(ours), part)
     os.replace(part, path)
-
-
-def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Parameters whose names match do not learn. Raises ValueError for a pattern without any."""
-    names = dict(model.named_parameters())
-    for pattern in patterns:
-        found = fnmatch.filter(names, pattern)
-        if not found:
-            raise ValueError(
-                f"frozen: no parameter is called {pattern!r}; names are like {next(iter(names))}: "
-                "give 'image.*' for a whole tower"
-            )
-        for name in found:
-            names[name].requires_grad_(False)
 
 
 def make_module(phase: Phase, *, fresh: bool) -> ContrastiveModule:

@@ -14,6 +14,7 @@ from pipeline.tracking.metrics import read_metrics
 from pipeline.trainer.checkpoints import find_newest
 
 PHASES = [
+    "every_phase=null",  # of debug=tiny: these have their own sizes
     "samples_seen=???",
     "checkpoint_every_steps=3",
     "keep_checkpoints=100",
