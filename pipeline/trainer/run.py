@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from hydra.errors import InstantiationException
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -154,20 +155,23 @@ def make_trainer(phase: Phase, directory: Path, logger: list[Logger]) -> pl.Trai
             name=phase.name or "train",
         ),
     ]
-    trainer = build(
-        cfg.trainer,
-        default_root_dir=str(directory),
-        max_steps=phase.end_step,
-        max_epochs=-1,
-        callbacks=callbacks,
-        logger=logger,
-        plugins=[AtomicCheckpointIO()],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        log_every_n_steps=1,
-    )
+    options = {
+        "default_root_dir": str(directory),
+        "max_steps": phase.end_step,
+        "max_epochs": -1,
+        "callbacks": callbacks,
+        "logger": logger,
+        "plugins": [AtomicCheckpointIO()],
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "log_every_n_steps": 1,
+    }
+    try:
+        trainer = build(cfg.trainer, **options)
+    except InstantiationException as error:  # what Lightning says to a wrong combination
+        raise ValueError(f"trainer: {error.__cause__}") from error
     refuse_wrong_trainer(trainer)
     return trainer
 

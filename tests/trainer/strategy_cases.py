@@ -73,12 +73,15 @@ class Slanted(nn.Module):
 class Trained(nn.Module):
     """What a strategy wraps. Dropout in every block, and tokens are dropped by index."""
 
-    def __init__(self, dtype: torch.dtype, dropout: float = DROPOUT) -> None:
+    def __init__(
+        self, dtype: torch.dtype, *, dropout: float = DROPOUT, checkpointing: bool = False
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
+        sizes = {"width": 16, "layers": 2, "heads": 2, "activation_checkpointing": checkpointing}
         self.model = CLIP(
-            image=VisionTransformer(image_size=8, patch_size=2, width=16, layers=2, heads=2),
-            text=TextTransformer(vocab_size=30, context_length=LENGTH, width=16, layers=2, heads=2),
+            image=VisionTransformer(image_size=8, patch_size=2, **sizes),
+            text=TextTransformer(vocab_size=30, context_length=LENGTH, **sizes),
             embed_dim=8,
             # A mild scale keeps gradients near 1, where float32 is good to 1e-6.
             init_logit_scale=3.0,
@@ -188,9 +191,13 @@ def run_ddp(index: int, dtype: torch.dtype, micro: int) -> dict[str, Any]:
 
 
 def run_fsdp(
-    index: int, dtype: torch.dtype, micro: int, reduce_gradients: str = "once"
+    index: int,
+    dtype: torch.dtype,
+    micro: int,
+    reduce_gradients: str = "once",
+    checkpointing: bool = False,
 ) -> dict[str, Any]:
-    trained = Trained(dtype)
+    trained = Trained(dtype, checkpointing=checkpointing)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     widen_scalars(trained)
     shard(trained, trained.model, mesh)
@@ -224,10 +231,16 @@ def engine_of(trained: Trained, stage: int, *, offload: bool = False, **config: 
 
 
 def run_zero(
-    index: int, stage: int, micro: int, *, reduce_gradients: str = "once", offload: bool = False
+    index: int,
+    stage: int,
+    micro: int,
+    *,
+    reduce_gradients: str = "once",
+    offload: bool = False,
+    checkpointing: bool = False,
 ) -> dict[str, Any]:
     """Two steps, of rate 0 and 1: the weights' change by SGD is then the second's gradient."""
-    trained = Trained(torch.float32)
+    trained = Trained(torch.float32, checkpointing=checkpointing)
     shapes = widen_scalars(trained)
     engine = engine_of(trained, stage, offload=offload)
     adapter = Zero(model=engine, backward=engine.backward, reduce_gradients=reduce_gradients)

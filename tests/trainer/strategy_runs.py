@@ -4,14 +4,17 @@ import logging
 import os
 import socket
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor, nn
 
 from pipeline.check import composed
 from pipeline.config import build, check
+from pipeline.losses.features import PairFeatures
 from pipeline.phases import phases
 from pipeline.trainer.checkpoints import find_newest
 from pipeline.trainer.run import claim, loggers, make_module, make_trainer, run_directory
@@ -53,6 +56,19 @@ def config_of(data: Path, runs: Path, name: str, steps: int, words: list[str]) -
     )
     check(cfg, world_size=2)
     return cfg
+
+
+class Faulty(nn.Module):
+    """A term that is not a number in some steps (from 1) of one rank, and nothing in the others."""
+
+    def __init__(self, *, rank: int, steps: Sequence[int]) -> None:
+        super().__init__()
+        self.rank, self.steps, self.step = rank, steps, 0
+
+    def forward(self, features: PairFeatures) -> Tensor:
+        self.step += 1
+        faulty = self.step in self.steps and features.peers.rank == self.rank
+        return features.image_embed.sum() * (float("nan") if faulty else 0.0)
 
 
 class SaveAtOnce(pl.Callback):
@@ -111,8 +127,12 @@ def launched(index: int, port: str) -> None:
     warnings.filterwarnings("ignore")
 
 
-def relay(index: int, port: str, data: Path, runs: Path, strategies: list[str]) -> None:
-    """One run that every strategy continues for two steps; and the same under DDP alone."""
+def relay(
+    index: int, port: str, data: Path, runs: Path, strategies: list[str], faulty: list[str]
+) -> None:
+    """One run that every strategy continues for two steps; the same under DDP alone; and runs with
+    two faulty steps.
+    """
     launched(index, port)
     steps = LEG * len(strategies)
     for leg, name in enumerate(strategies):
@@ -120,3 +140,12 @@ def relay(index: int, port: str, data: Path, runs: Path, strategies: list[str]) 
         at_once = SaveAtOnce(runs / f"at_once-{leg * LEG}.ckpt")
         run(cfg, StopAt((leg + 1) * LEG), at_once)
     run(config_of(data, runs, "ddp", steps, WORDS["ddp"]))
+    for name in faulty:
+        words = [*WORDS[name], "checkpoint_every_steps=1", *fault(rank=1, steps=[2, 3])]
+        run(config_of(data, runs, f"faulty_{name}", 4, words))
+
+
+def fault(*, rank: int, steps: list[int]) -> list[str]:
+    """The words that add `Faulty` to a run's loss."""
+    term = f"_target_:{Faulty.__module__}.Faulty,rank:{rank},steps:{steps}"
+    return [f"+loss.faulty={{{term}}}"]

@@ -49,6 +49,9 @@ FAST: dict[Case, Callable[[int], Any]] = {
 SLOW: dict[Case, Callable[[int], Any]] = {
     ("fsdp", DOUBLE, 1): lambda i: cases.run_fsdp(i, DOUBLE, 1),
     ("fsdp each", DOUBLE, 1): lambda i: cases.run_fsdp(i, DOUBLE, 1, "each"),
+    ("fsdp checkpointing", DOUBLE, 3): lambda i: cases.run_fsdp(i, DOUBLE, 3, checkpointing=True),
+    ("zero 2 checkpointing", SINGLE, 3): lambda i: cases.run_zero(i, 2, 3, checkpointing=True),
+    ("zero 3 checkpointing", SINGLE, 3): lambda i: cases.run_zero(i, 3, 3, checkpointing=True),
     **{
         (
             f"zero {s}{' offload' * o}{' each' * (r == 'each')}",
@@ -201,10 +204,12 @@ def test_four_processes_equal_the_oracle(case: Case, four: list[dict[Any, Any]])
     check(case, four)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("micro", cases.MICRO_BATCHES)
-def test_one_process_equals_the_oracle(micro: int) -> None:
+def test_one_process_equals_the_oracle(micro: int, checkpointing: bool) -> None:
+    """Activation checkpointing runs a forward a third time, with the same dropout."""
     expected, _ = cases.oracle(1, DOUBLE, micro)
-    trained = cases.Trained(DOUBLE)
+    trained = cases.Trained(DOUBLE, checkpointing=checkpointing)
     torch.manual_seed(100)
     cases.step_of(trained, cases.SingleProcess(model=trained), micro)(*cases.batch_of(0, DOUBLE))
     assert largest_difference(cases.whole_gradients(trained), expected) <= 1e-12

@@ -1,5 +1,7 @@
 """Real runs on every strategy: a checkpoint of one is a checkpoint of all."""
 
+import math
+
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -24,10 +26,12 @@ SLOW = [
 
 @pytest.fixture(scope="module", params=[FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=len)
 def relay(request, data, tmp_path_factory):
-    """(folder of the runs, strategies in order)"""
-    folder = tmp_path_factory.mktemp("relay")
-    mp.spawn(runs.relay, args=(runs.free_port(), data, folder, request.param), nprocs=2)
-    return folder, request.param
+    """(folder of the runs, strategies in order, strategies of the faulty runs)"""
+    folder, strategies = tmp_path_factory.mktemp("relay"), request.param
+    faulty = ["fsdp"] if strategies is FAST else sorted(set(strategies))
+    arguments = (runs.free_port(), data, folder, strategies, faulty)
+    mp.spawn(runs.relay, args=arguments, nprocs=2)
+    return folder, strategies, faulty
 
 
 def checkpoint(folder, run, step):
@@ -35,7 +39,7 @@ def checkpoint(folder, run, step):
 
 
 def test_the_relay_trains_as_one_run(relay):
-    folder, strategies = relay
+    folder, strategies, _ = relay
     ours, alone = (read_metrics(folder / name) for name in ("relay", "ddp"))
     assert [row["step"] for row in ours] == list(range(1, runs.LEG * len(strategies) + 1))
     for a, b in zip(ours, alone, strict=True):
@@ -48,7 +52,7 @@ def test_the_relay_trains_as_one_run(relay):
 
 def test_loading_changes_nothing(relay):
     """Weights and optimizer state, bit for bit, whatever wrote them and whatever reads them."""
-    folder, strategies = relay
+    folder, strategies, _ = relay
     for step in range(runs.LEG, runs.LEG * len(strategies), runs.LEG):
         written = checkpoint(folder, "relay", step)
         loaded = read_checkpoint(folder / f"at_once-{step}.ckpt")
@@ -65,7 +69,7 @@ def test_loading_changes_nothing(relay):
 
 
 def test_weights_are_ddps(relay):
-    folder, strategies = relay
+    folder, strategies, _ = relay
     last = runs.LEG * len(strategies)
     ours, alone = (checkpoint(folder, name, last) for name in ("relay", "ddp"))
     for name, tensor in alone["state_dict"].items():
@@ -77,8 +81,22 @@ def test_weights_are_ddps(relay):
         assert mine["state"][index]["exp_avg"].shape == state["exp_avg"].shape
 
 
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_weight(relay):
+    folder, _, faulty = relay
+    for name in faulty:
+        rows = read_metrics(folder / f"faulty_{name}")
+        assert [row["train/skipped_steps"] for row in rows] == [0, 1, 2, 2], name
+        assert [math.isfinite(row["train/loss"]) for row in rows] == [True, False, False, True]
+        one, _, three, four = (
+            checkpoint(folder, f"faulty_{name}", step)["state_dict"] for step in range(1, 5)
+        )
+        assert all(torch.equal(one[key], three[key]) for key in one), name
+        weight = "model.image_projection.weight"
+        assert not torch.equal(three[weight], four[weight])
+
+
 def test_evaluation_reads_them(relay):
-    folder, _ = relay
+    folder, _, _ = relay
     ours, alone = (TrainedClip.load(folder / name) for name in ("relay", "ddp"))
     embeds = ours.text_embed(["thing number 3"])
     assert torch.allclose(embeds, alone.text_embed(["thing number 3"]), atol=1e-2)
