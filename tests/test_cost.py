@@ -1,4 +1,4 @@
-"""Costs counted on shapes: against published figures, against real runs of a small model, by hand."""
+"""Costs counted on shapes: against published figures, real runs of a small model, and by hand."""
 
 import copy
 
