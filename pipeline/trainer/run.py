@@ -4,6 +4,7 @@ trainer.
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pipeline.losses.objective import Objective
 from pipeline.models.freeze import freeze
 from pipeline.optim.groups import describe
 from pipeline.phases import Phase, flat, phases
+from pipeline.shards import write_atomically
 from pipeline.tracking.metrics import MetricsFile
 from pipeline.trainer.callbacks.progress import PairsProgress
 from pipeline.trainer.checkpoints import AtomicCheckpointIO, Checkpoints, find_newest, step_of
@@ -214,13 +216,25 @@ def derived_table(title: str, columns: Mapping[str, Mapping[str, str]]) -> Table
 
 
 def groups_table(groups: Sequence[Mapping[str, Any]]) -> Table:
-    """Which rate and decay every parameter has."""
-    table, rows = Table(title="learning rates", title_justify="left"), describe(groups)
-    for column in rows[0]:
-        table.add_column(column, justify="left" if column == "names" else "right")
-    for row in rows:
-        table.add_row(*row.values())
+    """A row for each learning rate and weight decay; tensors counted by the part of the model."""
+    table = Table(title="learning rates; names in optimizer.txt", title_justify="left")
+    for column in ("lr", "weight decay", "parameters", "tensors"):
+        table.add_column(column, justify="left" if column == "tensors" else "right")
+    for group, row in zip(groups, describe(groups), strict=True):
+        parts = Counter(name.removeprefix("model.").split(".")[0] for name in group["names"])
+        tensors = ", ".join(f"{part} {count}" for part, count in parts.items())
+        table.add_row(row["lr"], row["weight decay"], row["parameters"], tensors)
     return table
+
+
+def groups_text(groups: Sequence[Mapping[str, Any]]) -> str:
+    """The same in full: which parameters have which rate, and which are not decayed."""
+    rows = describe(groups)
+    return "".join(
+        f"lr {row['lr']}, weight decay {row['weight decay']}: {row['tensors']} tensors, "
+        f"{row['parameters']} parameters\n  " + row["names"].replace(", ", "\n  ") + "\n"
+        for row in rows
+    )
 
 
 def train_phase(phase: Phase, directory: Path, logger: list[Logger], newest: Path | None) -> None:
@@ -238,7 +252,9 @@ def train_phase(phase: Phase, directory: Path, logger: list[Logger], newest: Pat
         rows = derived(phase, module, len(stream), trainer.world_size)
         console = Console(stderr=True)
         console.print(derived_table(f"{directory}", {phase.name: rows}))
-        console.print(groups_table(module.configure_optimizers().param_groups))
+        groups = module.configure_optimizers().param_groups
+        console.print(groups_table(groups))
+        write_atomically(directory / "optimizer.txt", groups_text(groups).encode())
         if newest is not None:
             log.info("continuing from %s", newest)
         for one in logger:
