@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from pipeline.config import CONF, MISSING_WORD, check, run_problems
+from pipeline.config import CONF, MISSING_WORD, listed, run_problems
 from pipeline.phases import phases
 
 MFU = 0.4  # share of the peak that a run is assumed to reach
@@ -69,12 +69,13 @@ def verdict(name: str, overrides: list[str], world_size: int | None) -> Verdict:
     cfg = None
     try:
         cfg = composed(name, overrides)
-        number = world_size or processes(cfg)
-        check(cfg, world_size=number, complete=False)
-        lines = [line for line in run_problems(cfg, number) if MISSING_WORD in line]
+        found = run_problems(cfg, world_size or processes(cfg))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         return Verdict(cfg, str(error), [])
-    return Verdict(cfg, "", [line.partition(":")[0] for line in lines])
+    missing = [line for line in found if MISSING_WORD in line]
+    wrong = [line for line in found if line not in missing]
+    paths = [line.partition(":")[0] for line in dict.fromkeys(missing)]
+    return Verdict(cfg, listed(wrong) if wrong else "", paths)
 
 
 def print_costs(cfg: DictConfig, world_size: int, mfu: float) -> None:

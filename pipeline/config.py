@@ -309,8 +309,13 @@ def check(cfg: DictConfig, *, world_size: int = 1, complete: bool = True) -> Non
     if not complete:
         found = [line for line in found if MISSING_WORD not in line]
     if found:
-        lines = "\n".join(f"  {line}" for line in dict.fromkeys(found))
-        raise ValueError(f"{len(found)} problem(s) in the config:\n{lines}")
+        raise ValueError(listed(found))
+
+
+def listed(found: list[str]) -> str:
+    """Problems as one text, each once."""
+    lines = "\n".join(f"  {line}" for line in dict.fromkeys(found))
+    return f"{len(found)} problem(s) in the config:\n{lines}"
 
 
 @contextlib.contextmanager

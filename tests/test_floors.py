@@ -28,6 +28,7 @@ FLOORS = {
     "curation.pool": 2,
     "pipeline.trainer": 3,
     "pipeline.tracking": 3,
+    "pipeline.cost": 3,
     "pipeline.formats": 3,
     "curation.annotate": 3,
     "curation.select": 3,

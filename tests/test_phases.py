@@ -86,3 +86,43 @@ def test_a_batch_is_checked_in_each_phase():
     text = complaint("phases.large.global_batch_size=100", world_size=8)
     assert "phases.large.global_batch_size: 100 is not a multiple of 8" in text
     assert "phases.small" not in text
+
+
+THREE = [
+    *TWO,
+    "every_phase.samples_seen=2560",
+    "every_phase.schedule.warmup_samples=64",
+    "every_phase.global_batch_size=128",
+    "+phases.last.samples_seen=99999",
+    "+phases.last.optimizer.lr=0.5",
+]
+THREE = [word.replace("every_phase", "+every_phase") for word in THREE]
+
+
+def test_what_every_phase_says_is_said_last():
+    cfg = composed("train", THREE)
+    check(cfg)
+    plan = phases(cfg)
+    assert [phase.steps for phase in plan] == [6, 7, 7]  # of 20, in equal shares
+    assert {p.config.schedule.warmup_samples for p in plan} == {64}
+    assert {p.config.global_batch_size for p in plan} == {128}
+    assert plan[2].config.optimizer.lr == 0.5 and plan[0].config.model.image.image_size == 16
+    assert not plan[0].config.every_phase
+
+
+def test_every_phase_can_be_taken_away():
+    plan = phases(composed("train", [*THREE, "every_phase=null"]))
+    assert [phase.samples for phase in plan] == [51200, 12800, 99840]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("+every_phase.seed=3", "every_phase.seed: belongs to the run as a whole"),
+        ("+every_phase.lrr=3", "every_phase.lrr: a run has no such key"),
+        ("+every_phase.optimizer.lrr=3", "  optimizer.lrr: "),
+        ("+every_phase.model.image.width=8", "phases.small.model.image.width: a phase cannot"),
+    ],
+)
+def test_mistakes_in_every_phase_are_named(override, words):
+    assert words in complaint(override)

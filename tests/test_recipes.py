@@ -9,14 +9,18 @@ from omegaconf import OmegaConf
 
 from pipeline.check import composed, everything
 from pipeline.config import CONF, MISSING_WORD, build, check, problems
+from pipeline.phases import phases
 
 ROOTS = ("train", "train_captioner", "evaluate", "export", "curate")
 FILES = sorted(path.relative_to(CONF) for path in Path(CONF).rglob("*.yaml"))
 GROUPS = sorted({path.parent.name for path in FILES if path.parent != Path()})
 
 
-@pytest.mark.parametrize(("command", "overrides"), list(everything()), ids=str)
-def test_recipes_and_presets_pass_the_check(command, overrides):
+PRESETS = [(command, overrides) for command, overrides in everything() if command != "train"]
+
+
+@pytest.mark.parametrize(("command", "overrides"), PRESETS, ids=str)
+def test_presets_pass_the_check(command, overrides):
     check(composed(command, overrides), complete=False)
 
 
@@ -52,8 +56,48 @@ def test_component_files_explain_themselves():
         assert {"source", "expected", "price"} <= set(info), path
 
 
-@pytest.mark.parametrize("recipe", sorted(p.stem for p in Path(CONF, "recipe").glob("*.yaml")))
-def test_recipes_build_under_debug(recipe):
+RECIPES = sorted(path.stem for path in Path(CONF, "recipe").glob("*.yaml"))
+# of each phase: what the sources give as steps of warm-up
+WARMUP_STEPS = {
+    "clip_b32_laion400m": [2000],
+    "clip_l14": [2000],
+    "openclip_b16_datacomp": [10_000],
+    "flip_l16": [781, 390],  # given in pairs: 40 and 20 times 1.28 M
+    "clipa_v1_l16": [1563, 3571],
+    "clipa_v2_h14": [3200, 800, 1600],
+    "eva_clip_g14": [2000],
+    "eva02_clip_b16": [2000],
+    "eva_clip_18b": [2000],
+    "metaclip_b32_400m": [2000],
+    "metaclip_h14_2_5b": [2000],
+    "metaclip2_h14_worldwide": [2000],
+}
+# of each phase: learning rate for each 256 pairs
+RATES = {
+    "flip_l16": [4e-6, 4e-8],
+    "clipa_v1_l16": [8e-6, 8e-7],
+    "clipa_v2_h14": [8e-6, 4e-7, 1e-7],
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_divide_over_a_node(recipe):
+    cfg = composed("train", [f"recipe={recipe}", "name=x", "data.shards=y"])
+    check(cfg, world_size=8, complete=False)
+    plan = phases(cfg)
+    steps = [p.config.schedule.warmup_samples // p.config.global_batch_size for p in plan]
+    rates = [p.config.optimizer.lr * 256 / p.config.global_batch_size for p in plan]
+    assert steps == WARMUP_STEPS.get(recipe, steps)
+    assert rates == pytest.approx(RATES.get(recipe, rates))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_small_under_debug(recipe):
+    """Twenty steps, in equal shares over the phases."""
     cfg = composed("train", [f"recipe={recipe}", "debug=tiny", "name=x", "data.shards=y"])
+    check(cfg)
+    plan = phases(cfg)
+    assert plan[-1].end_step == 20 and max(p.steps for p in plan) - min(p.steps for p in plan) < 2
+    assert {p.config.global_batch_size for p in plan} == {32}
     model = build(cfg.model)
-    assert sum(parameter.numel() for parameter in model.parameters()) < 5e6
+    assert sum(parameter.numel() for parameter in model.parameters()) < 6e6

@@ -127,6 +127,15 @@ def kept_bytes(
     return kept.recomputed if recompute else kept.total
 
 
+def forward_flops(forward: Callable[[], Tensor]) -> int:
+    """Operations of a forward on the meta device, a multiplication and an addition counted as
+    two.
+    """
+    with FlopCounterMode(display=False) as counter, LikeAGpu(None):
+        forward()
+    return counter.get_total_flops()
+
+
 def tower_cost(
     tower: nn.Module,
     projection: nn.Module,
@@ -141,12 +150,10 @@ def tower_cost(
     recompute: activation checkpointing of the blocks.
     """
     both = nn.ModuleDict({"tower": tower, "projection": projection})
-    with FlopCounterMode(display=False) as counter, LikeAGpu(half):
-        forward(1)
     one, two = (kept_bytes(both, lambda n=n: forward(n), half, recompute=recompute) for n in (1, 2))
     counts = [sum(p.numel() for p in block.parameters()) for block in blocks_of(tower)]
     return TowerCost(
-        flops=counter.get_total_flops(),
+        flops=forward_flops(lambda: forward(1)),
         sample_bytes=two - one,
         fixed_bytes=2 * one - two,
         parameters=sum(p.numel() for p in both.parameters()),

@@ -8,7 +8,6 @@ import pytest
 
 from pipeline.check import composed
 from pipeline.config import CONF, check
-from pipeline.phases import phases
 from pipeline.tracking.metrics import read_metrics
 from pipeline.trainer.run import train
 
@@ -31,15 +30,6 @@ def losses(run, steps):
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     assert all(0 < row["train/loss"] < 30 for row in rows)
     return [row["train/loss"] for row in rows]
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_twenty_steps_in_equal_shares(recipe):
-    cfg = composed("train", [f"recipe={recipe}", "debug=tiny", "name=x", "data.shards=y"])
-    check(cfg)
-    plan = phases(cfg)
-    assert plan[-1].end_step == 20 and max(p.steps for p in plan) - min(p.steps for p in plan) < 2
-    assert {p.config.global_batch_size for p in plan} == {32}
 
 
 # three phases and words chosen by syntax; a frozen tower; the sigmoid loss; LAMB
