@@ -145,7 +145,7 @@ def make_trainer(phase: Phase, directory: Path, logger: list[Logger]) -> pl.Trai
     """
     cfg = phase.config
     callbacks = [
-        *([build(cfg.ema)] if cfg.ema else []),  # before the checkpoints, which hold it
+        *([build(cfg.ema)] if cfg.get("ema") else []),  # before the checkpoints, which hold it
         Checkpoints(
             directory=directory / "checkpoints",
             every_steps=cfg.checkpoint_every_steps,
