@@ -122,7 +122,11 @@ def plain_weights(model: CLIP) -> dict[str, Tensor]:
     projection that is none is the identity.
     """
     with torch.no_grad():
-        weights = model.state_dict() | {"log_logit_scale": model.logit_scale.log()}
+        weights = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if name.partition(".")[0] not in model.training_only
+        } | {"log_logit_scale": model.logit_scale.log()}
         weights = {name: tensor.detach().float().cpu() for name, tensor in weights.items()}
         for name in [name for name in weights if name.endswith(".qkv.weight")]:
             bias = weights.get(name.replace("weight", "bias"))
