@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from pipeline.models.class_attention import class_attention
 from pipeline.models.clip import CLIP, unit_norm
 
+VIEWS = 2  # that pipeline.data.three_views gives, beside the wide crop
+
 
 def head(*widths: int, bias: bool = True) -> nn.Sequential:
     """Linear layers with a norm and a ReLU between them.
@@ -80,22 +82,30 @@ class ViewsCLIP(CLIP):
         """images: (B, V, 3, S, S). image_kept: (B, V, K). target: (B, P), what the averaged tower
         made of each image.
 
-        Returns by name image_embed (B, D) of the first view, other_views (B, V - 1, D), text_embed
-        (B, D), ssl_embed (B, V, P), predicted (B, V, P), and target as it came.
+        Returns by name what `encode_views` does, text_embed (B, D), and target as it came.
+        """
+        views = self.encode_views(images, image_kept)
+        found = {**views, "text_embed": self.encode_text(tokens, text_kept)}
+        return found if target is None else found | {"target": target}
+
+    def encode_views(self, images: Tensor, kept: Tensor | None = None) -> dict[str, Tensor]:
+        """By name image_embed (B, D) of the first view, other_views (B, V - 1, D), ssl_embed
+        (B, V, P), predicted (B, V, P).
         """
         views = images.shape[1]
-        kept = None if image_kept is None else image_kept.flatten(0, 1)
-        features = self.image(images.flatten(0, 1), kept)
+        features = self.image(images.flatten(0, 1), None if kept is None else kept.flatten(0, 1))
         embed = unit_norm(self.image_projection(features)).unflatten(0, (-1, views))
         features = features.unflatten(0, (-1, views))
-        found = {
+        return {
             "image_embed": embed[:, 0],
-            "text_embed": self.encode_text(tokens, text_kept),
             "other_views": embed[:, 1:],
             "ssl_embed": self.ssl_head(features),
             "predicted": self.predictor(self.projector(features)),
         }
-        return found if target is None else found | {"target": target}
+
+    def image_parts(self) -> nn.ModuleList:
+        """What follows the image tower in training."""
+        return nn.ModuleList([self.image_projection, self.ssl_head, self.projector, self.predictor])
 
 
 class Teacher(nn.Module):
