@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import build
 from pipeline.cost.optimizer import state_bytes
-from pipeline.cost.towers import LikeAGpu, TowerCost, tower_cost
+from pipeline.cost.towers import TowerCost, forward_flops, tower_cost
 from pipeline.models.freeze import freeze
 from pipeline.models.views import VIEWS, Teacher, ViewsCLIP
 from pipeline.phases import Phase
@@ -37,8 +36,8 @@ class PhaseCost:
 
     views: of each image that are trained on, and the image tower's cost is that of all. wide_flops:
     of the averaged tower's forward on one more crop, 0 without one. state_bytes: of the optimizer.
-    weight_bytes: of one weight, gradient and half-precision copies
-    aside. logits: whether the loss keeps its logits. averaged: whether a moving average is kept.
+    weight_bytes: of one weight, gradient and half-precision copies aside. logits: whether the loss
+    keeps its logits. averaged: whether a moving average is kept.
     """
 
     phase: Phase
@@ -223,7 +222,7 @@ def phase_cost(phase: Phase, world_size: int) -> PhaseCost:
         logits=_keeps_logits(cfg.loss),
         averaged=bool(cfg.ema),
         views=image.views,
-        wide_flops=image.wide_flops(mixed),
+        wide_flops=image.wide_flops(),
     )
 
 
@@ -246,13 +245,11 @@ class ImageSide:
         encode = self.model.encode_views if self.several else self.model.encode_image
         encode(self._images(*shape), kept)
 
-    def wide_flops(self, half: torch.dtype | None) -> int:
+    def wide_flops(self) -> int:
         if not self.several:
             return 0
         teacher = Teacher(self.model)
-        with FlopCounterMode(display=False) as counter, LikeAGpu(half):
-            teacher(self._images(1))
-        return counter.get_total_flops()
+        return forward_flops(lambda: teacher(self._images(1)))
 
     def _images(self, *shape: int) -> torch.Tensor:
         size, dtype = self.model.image.image_size, next(self.model.parameters()).dtype

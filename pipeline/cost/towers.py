@@ -127,7 +127,7 @@ def kept_bytes(
     return kept.recomputed if recompute else kept.total
 
 
-def forward_flops(forward: Callable[[], Tensor]) -> int:
+def forward_flops(forward: Callable[[], object]) -> int:
     """Operations of a forward on the meta device, a multiplication and an addition counted as
     two.
     """
