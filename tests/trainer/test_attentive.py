@@ -5,6 +5,8 @@ Letters: B pairs of a rank, G pairs of all ranks.
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from pipeline.check import composed
 from pipeline.config import check
 from pipeline.data.images import ImageTransform
 from pipeline.data.three_views import ThreeViews
+from pipeline.evals.trained import TrainedClip
+from pipeline.formats.architecture import plain_weights
+from pipeline.formats.transformers import Transformers
 from pipeline.losses.byol import ByolLoss
 from pipeline.losses.each_view import EachView
 from pipeline.losses.objective import Objective
@@ -35,6 +40,7 @@ from pipeline.tracking.metrics import read_metrics
 from pipeline.trainer import attentive
 from pipeline.trainer.attentive import AttentiveModule, attentive_inputs, averages, module_class
 from pipeline.trainer.cached_step import CachedContrastiveStep, encoded, formula
+from pipeline.trainer.captioner import train_captioner
 from pipeline.trainer.module import ContrastiveModule
 from pipeline.trainer.run import train
 from pipeline.trainer.strategies.fsdp import FullyShardedStrategy
@@ -195,6 +201,23 @@ def test_patches_follow_the_average_and_the_boxes() -> None:
 # A run
 
 
+def words(data: Path, folder: Path) -> list[str]:
+    return [
+        "recipe=aclip_b16_yfcc15m",
+        "debug=tiny",
+        "name=views",
+        f"runs_dir={folder}",
+        f"data.shards={data}/shards",
+        f"tokenizer.path={data}/tokenizer",
+        "model.text.vocab_size=600",
+        "samples_seen=128",
+        "schedule.warmup_samples=32",
+        "micro_batch_size=12",
+        "checkpoint_every_steps=1",
+        "keep_checkpoints=10",
+    ]
+
+
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Four steps in micro-batches, with what the teacher was given."""
@@ -204,23 +227,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         given.append({name: weight.clone() for name, weight in weights.items()})
         return attentive_inputs(teacher, weights, *rest, **named)
 
-    cfg = composed(
-        "train",
-        [
-            "recipe=aclip_b16_yfcc15m",
-            "debug=tiny",
-            "name=views",
-            f"runs_dir={folder}",
-            f"data.shards={data}/shards",
-            f"tokenizer.path={data}/tokenizer",
-            "model.text.vocab_size=600",
-            "samples_seen=128",
-            "schedule.warmup_samples=32",
-            "micro_batch_size=12",
-            "checkpoint_every_steps=1",
-            "keep_checkpoints=10",
-        ],
-    )
+    cfg = composed("train", words(data, folder))
     check(cfg)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attentive, "attentive_inputs", recorded)
@@ -267,6 +274,48 @@ def test_a_resumed_run_is_bit_identical(run: dict[str, Any], tmp_path: Path) -> 
     average = resumed["callbacks"]["Ema"]["weights"]
     for name, weight in whole["callbacks"]["Ema"]["weights"].items():
         assert torch.equal(average[name], weight)
+
+
+def test_evaluation_and_export_know_one_view(run: dict[str, Any], tmp_path: Path) -> None:
+    trained = TrainedClip.load(run["directory"], weights="ema")
+    weights = plain_weights(trained.model)
+    assert not any(name.startswith(ViewsCLIP.training_only) for name in weights)
+    Transformers().write(trained, tmp_path)
+    assert trained.model.encode_image(torch.zeros(2, 3, 32, 32)).shape == (2, 96)
+
+
+def test_a_captioner_on_its_tower_wants_one_crop(
+    run: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    common = [
+        f"run={run['directory']}",
+        f"data.shards={data}/shards",
+        f"runs_dir={tmp_path}",
+        "name=captions",
+        "samples_seen=32",
+        "global_batch_size=32",
+        "schedule.warmup_samples=0",
+    ]
+    with pytest.raises(ValueError, match=r"\+transform=clip transform\.image_size=32"):
+        train_captioner(composed("train_captioner", common))
+    one = ["name=again", "+transform=clip", "transform.image_size=32", "trainer.accelerator=cpu"]
+    assert train_captioner(composed("train_captioner", [*common, *one])).is_dir()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(
+    run: dict[str, Any], data: Path, tmp_path: Path, root: Path, environment: Any
+) -> None:
+    ddp = ["trainer.strategy=ddp", "trainer.devices=2"]
+    command = [sys.executable, "-m", "pipeline.train", *words(data, tmp_path), *ddp]
+    done = subprocess.run(
+        command, cwd=root, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = zip(read_metrics(run["directory"]), read_metrics(tmp_path / "views"), strict=True)
+    for one, two in rows:
+        for name in ("loss", "clip", "simclr", "byol", "grad_norm"):
+            assert two[f"train/{name}"] == pytest.approx(one[f"train/{name}"], rel=1e-4)
 
 
 # Mistakes
