@@ -267,3 +267,35 @@ def test_a_config_whose_sizes_are_missing_is_checked_without_costs(capsys):
 def test_a_tower_without_blocks_is_refused():
     with pytest.raises(ValueError, match="Linear has no list of blocks"):
         blocks_of(copy.deepcopy(nn.Linear(2, 2)))
+
+
+def test_views_and_the_averaged_towers_look_are_counted():
+    words = [w for w in TINY if not w.startswith("recipe")]
+    (views,) = costs_of("recipe=aclip_b16_yfcc15m", *words)
+    plain = ["recipe=emoji", *words, "image_tokens.keep=1"]
+    (whole,) = costs_of(*plain)
+    # 9 of 16 cells of 4 patches
+    assert views.kept == 36 and views.views == 2
+    hidden, width, out = 512, 96, 256
+    ssl = width * hidden + hidden * hidden + hidden * out
+    projector = width * hidden + hidden * out
+    heads = 2 * (ssl + projector + 2 * out * hidden)
+    model = build(composed("train", plain).model)
+    tower = tower_cost(
+        model.image.to("meta"),
+        model.image_projection.to("meta"),
+        lambda n: model.encode_image(
+            torch.empty(n, 3, 32, 32, device="meta"),
+            torch.zeros(n, 36, dtype=torch.int64, device="meta"),
+        ),
+        half=None,
+        recompute=False,
+    )
+    assert views.image.flops == 2 * (tower.flops + heads)
+    rows = 4 * 2 * 65 * width  # a class token's scores in each of four blocks
+    assert views.wide_flops == whole.image.flops - 2 * width * 96 + 2 * projector + rows
+    images = views.memory("DDP")["images"]
+    assert images == 3 * whole.memory("DDP")["images"]
+    doubled = 3 * (views.image.flops + views.text.flops) + views.loss_flops_per_pair
+    assert views.flops_per_pair == doubled + views.wide_flops
+    assert views.averaged

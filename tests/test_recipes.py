@@ -100,4 +100,6 @@ def test_recipes_are_small_under_debug(recipe):
     assert plan[-1].end_step == 20 and max(p.steps for p in plan) - min(p.steps for p in plan) < 2
     assert {p.config.global_batch_size for p in plan} == {32}
     model = build(cfg.model)
-    assert sum(parameter.numel() for parameter in model.parameters()) < 6e6
+    assert (
+        sum(parameter.numel() for parameter in model.parameters()) < 7e6
+    )  # of which 4.7 M are words

@@ -13,8 +13,9 @@ from torch import nn
 
 from pipeline.config import build
 from pipeline.cost.optimizer import state_bytes
-from pipeline.cost.towers import TowerCost, tower_cost
+from pipeline.cost.towers import TowerCost, forward_flops, tower_cost
 from pipeline.models.freeze import freeze
+from pipeline.models.views import VIEWS, Teacher, ViewsCLIP
 from pipeline.phases import Phase
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12}  # bf16 without sparsity, the vendor's figures
@@ -33,8 +34,10 @@ class PhaseCost:
     """local, micro: pairs of a process in a step and in a forward. patches, kept: of an image, all
     and those that the tower sees; caption, words: positions of a text.
 
-    state_bytes: of the optimizer. weight_bytes: of one weight, gradient and half-precision copies
-    aside. logits: whether the loss keeps its logits. averaged: whether a moving average is kept.
+    views: of each image that are trained on, and the image tower's cost is that of all. wide_flops:
+    of the averaged tower's forward on one more crop, 0 without one. state_bytes: of the optimizer.
+    weight_bytes: of one weight, gradient and half-precision copies aside. logits: whether the loss
+    keeps its logits. averaged: whether a moving average is kept.
     """
 
     phase: Phase
@@ -55,6 +58,8 @@ class PhaseCost:
     weight_bytes: int
     logits: bool
     averaged: bool
+    views: int = 1
+    wide_flops: int = 0
 
     @property
     def run_twice(self) -> float:
@@ -75,6 +80,7 @@ class PhaseCost:
             self._tower_flops(self.image, self.image_recomputed)
             + self._tower_flops(self.text, self.text_recomputed)
             + self.loss_flops_per_pair
+            + self.wide_flops
         )
 
     @property
@@ -126,7 +132,8 @@ class PhaseCost:
     @property
     def image_bytes(self) -> int:
         """Of one picture of the local batch: as it came, in uint8, and normalised, in float32."""
-        return 3 * self.image_size**2 * (1 + 4)
+        crops = self.views + bool(self.wide_flops)
+        return crops * 3 * self.image_size**2 * (1 + 4)
 
     @property
     def loss_bytes(self) -> int:
@@ -182,18 +189,10 @@ def phase_cost(phase: Phase, world_size: int) -> PhaseCost:
         tower: bool(cfg.model[tower].get("activation_checkpointing")) for tower in ("image", "text")
     }
 
-    def encode_image(batch: int) -> torch.Tensor:
-        images = torch.empty(batch, 3, size, size, device="meta", dtype=weight.dtype)
-        if kept == patches:
-            return model.encode_image(images)
-        return model.encode_image(
-            images, torch.zeros(batch, kept, dtype=torch.int64, device="meta")
-        )
-
     def encode_text(batch: int) -> torch.Tensor:
         return model.encode_text(torch.zeros(batch, words, dtype=torch.int64, device="meta"))
 
-    weight = next(model.parameters())
+    image = ImageSide(model, kept)
     local = cfg.global_batch_size // world_size
     return PhaseCost(
         phase=phase,
@@ -208,8 +207,8 @@ def phase_cost(phase: Phase, world_size: int) -> PhaseCost:
         words=words,
         image=tower_cost(
             model.image,
-            model.image_projection,
-            encode_image,
+            image.parts,
+            image.encode,
             half=mixed,
             recompute=recomputed["image"],
         ),
@@ -219,10 +218,42 @@ def phase_cost(phase: Phase, world_size: int) -> PhaseCost:
         image_recomputed=recomputed["image"],
         text_recomputed=recomputed["text"],
         state_bytes=state_bytes(build(cfg.optimizer), model),
-        weight_bytes=weight.element_size(),
+        weight_bytes=next(model.parameters()).element_size(),
         logits=_keeps_logits(cfg.loss),
         averaged=bool(cfg.ema),
+        views=image.views,
+        wide_flops=image.wide_flops(),
     )
+
+
+class ImageSide:
+    """What a step computes of one pair's images, on the meta device: one view, or a ViewsCLIP's
+    two and the averaged tower's look at a third crop. kept: patches of a view.
+    """
+
+    def __init__(self, model: nn.Module, kept: int) -> None:
+        self.model, self.kept = model, kept
+        self.several = isinstance(model, ViewsCLIP)
+        self.views = VIEWS if self.several else 1
+        self.parts = model.image_parts() if self.several else model.image_projection
+
+    def encode(self, batch: int) -> None:
+        shape = (batch, self.views) if self.several else (batch,)
+        kept = None
+        if self.kept < self.model.image.num_tokens:
+            kept = torch.zeros(*shape, self.kept, dtype=torch.int64, device="meta")
+        encode = self.model.encode_views if self.several else self.model.encode_image
+        encode(self._images(*shape), kept)
+
+    def wide_flops(self) -> int:
+        if not self.several:
+            return 0
+        teacher = Teacher(self.model)
+        return forward_flops(lambda: teacher(self._images(1)))
+
+    def _images(self, *shape: int) -> torch.Tensor:
+        size, dtype = self.model.image.image_size, next(self.model.parameters()).dtype
+        return torch.empty(*shape, 3, size, size, device="meta", dtype=dtype)
 
 
 def _keeps_logits(loss: Mapping[str, DictConfig]) -> bool:

@@ -112,7 +112,7 @@ def blocks_of(tower: nn.Module) -> nn.ModuleList:
 
 
 def kept_bytes(
-    model: nn.Module, forward: Callable[[], Tensor], half: torch.dtype | None, *, recompute: bool
+    model: nn.Module, forward: Callable[[], object], half: torch.dtype | None, *, recompute: bool
 ) -> int:
     """Bytes that one forward keeps for its backward."""
     kept = KeptBytes(model)
@@ -127,7 +127,7 @@ def kept_bytes(
     return kept.recomputed if recompute else kept.total
 
 
-def forward_flops(forward: Callable[[], Tensor]) -> int:
+def forward_flops(forward: Callable[[], object]) -> int:
     """Operations of a forward on the meta device, a multiplication and an addition counted as
     two.
     """
@@ -139,7 +139,7 @@ def forward_flops(forward: Callable[[], Tensor]) -> int:
 def tower_cost(
     tower: nn.Module,
     projection: nn.Module,
-    forward: Callable[[int], Tensor],
+    forward: Callable[[int], object],
     *,
     half: torch.dtype | None,
     recompute: bool,

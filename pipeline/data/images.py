@@ -78,7 +78,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return to_rgb(open_image(data, max_pixels=max_pixels))
 
 
-def _tensor(image: Image.Image) -> torch.Tensor:
+def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
@@ -138,6 +138,11 @@ class ImageTransform:
             image = self._any(data, rng)
         return image.flip(-1) if rng.uniform() < self.flip else image
 
+    @staticmethod
+    def stacked(images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What `train` gave of each image -> its part of a batch, by name."""
+        return {"images": torch.stack(tuple(images))}
+
     def _jpeg(self, data: bytes, rng: np.random.Generator) -> torch.Tensor | None:
         header = jpeg.read_header(data)
         if header is None:
@@ -152,7 +157,7 @@ class ImageTransform:
         image = decode(data)
         box = self.crop_box(image.width, image.height, rng)
         size = (self.image_size, self.image_size)
-        return _tensor(image.resize(size, Image.Resampling.BICUBIC, box=box))
+        return to_tensor(image.resize(size, Image.Resampling.BICUBIC, box=box))
 
     def evaluate(self, data: bytes) -> torch.Tensor:
         """(3, S, S) uint8: shorter side to S, centre crop. Raises BadImage."""
@@ -161,7 +166,7 @@ class ImageTransform:
         size = [int(self.image_size * side / min(image.size)) for side in image.size]
         image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
         left, upper = ((side - self.image_size) // 2 for side in image.size)
-        return _tensor(image.crop((left, upper, left + self.image_size, upper + self.image_size)))
+        return to_tensor(image.crop((left, upper, left + self.image_size, upper + self.image_size)))
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) uint8 in [0, 255] -> float32, zero mean and unit variance per channel."""

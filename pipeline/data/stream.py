@@ -123,9 +123,9 @@ class _Samples(torch.utils.data.Dataset):
 class ShardStream:
     """An endless, exactly resumable stream of local batches.
 
-    Each batch: images (B, 3, S, S) uint8, tokens (B, L) int64, uids, first (global position of its
-    first pair), bad (pairs that could not be used; the same place of the next batch stood in) and
-    bad_reasons.
+    Each batch: what the transform stacks (images (B, 3, S, S) uint8), tokens (B, L) int64, uids,
+    first (global position of its first pair), bad (pairs that could not be used; the same place of
+    the next batch stood in) and bad_reasons.
     State: `position`, the number of global pairs already delivered. An epoch has no remainder: a
     batch may span two. A mixture has one endless epoch.
     shards: a directory of ours, a URL of one, or foreign tars (see sources.py); or
@@ -219,7 +219,7 @@ class ShardStream:
         images, captions, uids, reasons = zip(*samples, strict=True)
         bad = [reason for found in reasons for reason in found]
         return {
-            "images": torch.stack(images),
+            **self.samples.transform.stacked(images),
             "tokens": self.tokenizer(captions),
             "uids": list(uids),
             "bad": len(bad),

@@ -19,6 +19,7 @@ from pipeline.formats.traits import (
 )
 from pipeline.models.clip import CLIP
 from pipeline.models.text import TextTransformer
+from pipeline.models.views import ViewsCLIP
 from pipeline.models.vit import VisionTransformer
 
 Able = Mapping[str, Collection[Any] | None]
@@ -69,7 +70,8 @@ def describe(
     tokenizer have a place there.
     """
     model, tokenizer = trained.model, trained.tokenizer
-    _needs(model, CLIP, format, "model")
+    if type(model) is not ViewsCLIP:  # which encodes one image and one text as CLIP does
+        _needs(model, CLIP, format, "model")
     _needs(model.image, VisionTransformer, format, "model.image")
     _needs(model.text, TextTransformer, format, "model.text")
     _needs(tokenizer, BpeTokenizer, format, "tokenizer")
@@ -122,7 +124,11 @@ def plain_weights(model: CLIP) -> dict[str, Tensor]:
     projection that is none is the identity.
     """
     with torch.no_grad():
-        weights = model.state_dict() | {"log_logit_scale": model.logit_scale.log()}
+        weights = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if name.partition(".")[0] not in model.training_only
+        } | {"log_logit_scale": model.logit_scale.log()}
         weights = {name: tensor.detach().float().cpu() for name, tensor in weights.items()}
         for name in [name for name in weights if name.endswith(".qkv.weight")]:
             bias = weights.get(name.replace("weight", "bias"))

@@ -3,6 +3,7 @@
 Letters: B local pairs, G global pairs, D embedding width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,7 +17,8 @@ class PairFeatures:
     """image_embed, text_embed: (B, D) unit-norm, row i of both is one pair, rank-local.
 
     logit_scale: scalar, positive.  logit_bias: scalar added to every logit, None for models without
-    one.  peers: the processes that hold the other pairs.
+    one.  peers: the processes that hold the other pairs.  extra: what else a model gives of each
+    pair, (B, ...) by name.
     The gathered features are made when a term first asks for them, once for all terms: a term that
     passes blocks around a ring instead never pays for them.
     """
@@ -26,6 +28,17 @@ class PairFeatures:
     logit_scale: Tensor
     logit_bias: Tensor | None = None
     peers: Peers = field(default_factory=Peers)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def needed(self, name: str) -> Tensor:
+        """One of `extra`. Raises ValueError if the model does not give it."""
+        if name not in self.extra:
+            raise ValueError(
+                f"a loss term reads {name!r} of each pair, the model gives "
+                f"{sorted(self.extra) or 'nothing beside image_embed and text_embed'}: take "
+                "another model (model._target_) or another loss"
+            )
+        return self.extra[name]
 
     @property
     def offset(self) -> int:

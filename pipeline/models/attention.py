@@ -85,7 +85,13 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, W) -> query, key, value, each (B, H, N, d), normed and rotated."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.split(self.qkv(x), rotary)
+
+    def split(
+        self, projected: Tensor, rotary: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, from what `qkv` gives."""
+        query, key, value = projected.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, key = self.norm_query(query), self.norm_key(key)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _unit_norm(features: Tensor) -> Tensor:
+def unit_norm(features: Tensor) -> Tensor:
     """Rows of length 1, in float32 at least: bfloat16 keeps three digits of a similarity."""
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
@@ -43,6 +43,8 @@ class CLIP(nn.Module):
     sec. 3.2: -10); None for none.
     Raises ValueError unless 1 <= init_logit_scale <= max_logit_scale.
     """
+
+    training_only: tuple[str, ...] = ()  # parts that evaluation and export have no use for
 
     def __init__(
         self,
@@ -89,11 +91,11 @@ class CLIP(nn.Module):
 
     def encode_image(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """images: (B, 3, H, W) float, normalised. kept: (B, K) patches. Returns (B, D)."""
-        return _unit_norm(self.image_projection(self.image(images, kept)))
+        return unit_norm(self.image_projection(self.image(images, kept)))
 
     def encode_text(self, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
         """tokens: (B, L) int64. kept: (B, K) ascending positions. Returns (B, D)."""
-        return _unit_norm(self.text_projection(self.text(tokens, kept)))
+        return unit_norm(self.text_projection(self.text(tokens, kept)))
 
     def forward(
         self,

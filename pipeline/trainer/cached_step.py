@@ -20,10 +20,11 @@ from pipeline.trainer.random_state import RandomState
 
 Tensors = dict[str, Tensor]
 Encoded = tuple[Tensors, Tensors]
-Chunk = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-Encode = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Encoded]
+Chunk = tuple[Tensor | None, ...]  # images, tokens, image_kept, text_kept, more
+Encode = Callable[..., Encoded]
 Evaluated = tuple[Tensor, Tensors]
 
+EMBEDS = ("image_embed", "text_embed")
 OBJECTIVE = "objective."  # what the names of an objective's own parameters begin with
 
 
@@ -54,12 +55,14 @@ def encoded(
 ) -> Encoded:
     """What the forward of the wrapped module returns for a micro-batch: everything with gradient.
 
-    model(*chunk) -> (image_embed, text_embed); its loss_parameters() and the objective's come out
-    too, so that a strategy treats them as it treats the towers: gathered where they are sharded,
-    their gradient reduced with the others'. Copies, since a gathered parameter is freed behind the
+    model(*chunk) -> (image_embed, text_embed), or all that it gives of each pair by name, which
+    losses find in PairFeatures.extra. Its loss_parameters() and the objective's come out too, so
+    that a strategy treats them as it treats the towers: gathered where they are sharded, their
+    gradient reduced with the others'. Copies, since a gathered parameter is freed behind the
     forward.
     """
-    embeddings = dict(zip(("image_embed", "text_embed"), model(*chunk), strict=True))
+    given = model(*chunk)
+    embeddings = dict(given if isinstance(given, Mapping) else zip(EMBEDS, given, strict=True))
     parameters = {
         name: parameter.clone().reshape(()) if name in scalars else parameter.clone()
         for name, parameter in _loss_parameters(model, objective).items()
@@ -155,13 +158,15 @@ class CachedContrastiveStep:
         tokens: Tensor,
         image_kept: Tensor | None = None,
         text_kept: Tensor | None = None,
+        *more: Tensor,
     ) -> Tensors:
         """images: (B, ...).  tokens: (B, L).  image_kept, text_kept: (B, K) indices, or None.
+        more: (B, ...), whatever else the model's forward takes.
 
         Adds to the parameters' `.grad`. Returns detached scalars of this rank: "loss", one per
         term, and the loss_scalars.
         """
-        chunks = self._chunks(images, tokens, image_kept, text_kept)
+        chunks = self._chunks(images, tokens, image_kept, text_kept, *more)
         device = images.device
         with self.session():
             embeddings, states = [], []
@@ -201,7 +206,9 @@ class CachedContrastiveStep:
         # neighbours.
         with torch.autocast(leaves[0].device.type, enabled=False):
             scalars = self.loss_scalars(values)
-            features = PairFeatures(**embeddings, peers=peers(), **scalars)
+            pair = {name: embeddings[name] for name in EMBEDS}
+            extra = {name: value for name, value in embeddings.items() if name not in EMBEDS}
+            features = PairFeatures(**pair, peers=peers(), extra=extra, **scalars)
             total, terms = self.objective(features, own)
         logged = {"loss": total, **terms, **scalars}
         not_finite = total.detach() * 0  # 0, or NaN
@@ -218,7 +225,7 @@ class CachedContrastiveStep:
         )
 
     def _chunks(self, *batch: Tensor | None) -> list[Chunk]:
-        """images, tokens, image_kept, text_kept, cut into micro-batches."""
+        """What the step was given, cut into micro-batches."""
         counts = [len(rows) for rows in batch if rows is not None]
         if counts[0] == 0 or len(set(counts)) > 1:
             raise ValueError(

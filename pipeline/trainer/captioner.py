@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.config import build
 from pipeline.data.images import ImageTransform
+from pipeline.data.three_views import ThreeViews
 from pipeline.evals.trained import newest_checkpoint, read_weights, run_config
 from pipeline.evals.trained_captioner import make_captioner
 from pipeline.models.captioner import Captioner
@@ -135,9 +136,15 @@ def make_module(cfg: DictConfig, tokenizer: Any) -> CaptionerModule:
         model.image.load_state_dict(proxy_tower(cfg.run))
     except RuntimeError as error:
         raise ValueError(f"the image tower of run={cfg.run} does not fit: {error}") from error
+    transform = build(cfg.transform)
+    if isinstance(transform, ThreeViews):
+        raise ValueError(
+            "transform: a captioner reads one crop of an image and three_views, the proxy's, gives "
+            f"three: give +transform=clip transform.image_size={transform.image_size}"
+        )
     return CaptionerModule(
         model=model,
-        transform=build(cfg.transform),
+        transform=transform,
         optimizer=build(cfg.optimizer),
         schedule=build(cfg.schedule),
         samples_seen=cfg.samples_seen,

@@ -217,6 +217,11 @@ class ContrastiveModule(pl.LightningModule):
         noise = noise[start : start + len(tokens)].to(tokens.device)
         return self.text_tokens.reduce(tokens, noise)
 
+    def inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
+        """What both passes of the step are given: see CachedContrastiveStep."""
+        images = self.transform.normalise(batch["images"])
+        return images, self.reduced_text(batch["tokens"]), self.kept_tokens(len(images))
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """One optimizer step on the local batch of ShardStream."""
         started = time.perf_counter()
@@ -233,10 +238,7 @@ class ContrastiveModule(pl.LightningModule):
         torch.manual_seed(
             _derived_seed(self.seed, "towers", self.trainer.global_step, self.global_rank)
         )
-        images = self.transform.normalise(batch["images"])
-        logged = self.step(
-            images, self.reduced_text(batch["tokens"]), self.kept_tokens(len(images))
-        )
+        logged = self.step(*self.inputs(batch))
         optimizer.step()
         grad_norm, applied = self.strategy.outcome()
         for bounds in self.model.bounds():

@@ -23,6 +23,7 @@ from pipeline.optim.groups import describe
 from pipeline.phases import Phase, flat, phases
 from pipeline.shards import write_atomically
 from pipeline.tracking.metrics import MetricsFile
+from pipeline.trainer.attentive import module_class
 from pipeline.trainer.callbacks.progress import PairsProgress
 from pipeline.trainer.checkpoints import AtomicCheckpointIO, Checkpoints, find_newest, step_of
 from pipeline.trainer.module import ContrastiveModule
@@ -116,11 +117,13 @@ def make_module(phase: Phase, *, fresh: bool) -> ContrastiveModule:
     if fresh and cfg.init:
         log.info("init: %s", build(cfg.init).apply(model))
     freeze(model, cfg.frozen)
-    return ContrastiveModule(
+    transform = build(cfg.transform)
+    image_tokens = build(cfg.image_tokens) if cfg.image_tokens else None
+    return module_class(model, transform, image_tokens)(
         model=model,
         objective=Objective(terms=build(cfg.loss), weights=dict(cfg.loss_weights)),
-        transform=build(cfg.transform),
-        image_tokens=build(cfg.image_tokens) if cfg.image_tokens else None,
+        transform=transform,
+        image_tokens=image_tokens,
         text_tokens=build(cfg.text_tokens) if cfg.text_tokens else None,
         optimizer=build(cfg.optimizer),
         schedule=build(cfg.schedule),
