@@ -84,10 +84,16 @@ class ExponentialAverage:
         return found
 
     def place(self, named: Mapping[str, nn.Parameter]) -> None:
-        """Averages of a checkpoint (whole, on the CPU) go where the parameters are.
+        """Averages of a checkpoint (whole, on the CPU) go where the parameters are. A scalar takes
+        the shape of its parameter, to which a strategy may have given a dimension.
 
         Raises ValueError if a name is not among the parameters.
         """
         for name in self.weights.keys() - named.keys():
             raise ValueError(f"the checkpoint averages {name}, which the model does not have")
-        self.weights = {name: copy_of(w, named[name]) for name, w in self.weights.items()}
+        placed = {}
+        for name, weight in self.weights.items():
+            like = named[name]
+            scalar = weight.numel() == like.numel() == 1
+            placed[name] = copy_of(weight.reshape(like.shape) if scalar else weight, like)
+        self.weights = placed

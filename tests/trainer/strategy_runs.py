@@ -17,7 +17,7 @@ from pipeline.config import build, check
 from pipeline.losses.features import PairFeatures
 from pipeline.phases import phases
 from pipeline.trainer.checkpoints import find_newest
-from pipeline.trainer.run import claim, loggers, make_module, make_trainer, run_directory
+from pipeline.trainer.run import claim, loggers, make_module, make_trainer, run_directory, train
 
 WORDS = {
     "ddp": ["trainer=ddp"],
@@ -143,6 +143,28 @@ def relay(
     for name in faulty:
         words = [*WORDS[name], "checkpoint_every_steps=1", *fault(rank=1, steps=[2, 3])]
         run(config_of(data, runs, f"faulty_{name}", 4, words))
+
+
+PHASES = [
+    "every_phase=null",  # of debug=tiny: these have their own sizes
+    "samples_seen=???",
+    "+phases.small.samples_seen=64",
+    "+phases.small.schedule.warmup_samples=32",
+    "+phases.small.model.image.image_size=16",
+    "+phases.small.frozen=[text.*]",
+    "+phases.large.samples_seen=64",
+    "+phases.large.schedule.warmup_samples=32",
+]
+
+
+def phased(index: int, port: str, data: Path, runs: Path, strategies: list[str]) -> None:
+    """Two phases under each strategy, the first with a frozen tower and small pictures; weights are
+    averaged where a strategy can.
+    """
+    launched(index, port)
+    for name in strategies:
+        ema = [] if name == "deepspeed_3" else ["ema=constant", "ema.decay=0.5"]
+        train(config_of(data, runs, f"phased_{name}", 4, [*WORDS[name], *PHASES, *ema]))
 
 
 def fault(*, rank: int, steps: list[int]) -> list[str]:

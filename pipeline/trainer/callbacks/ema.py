@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import nn
 
 from pipeline.models.resize import resize_positions
@@ -29,11 +30,14 @@ class Ema(pl.Callback):
     def __init__(self, *, decay: float, final_decay: float | None = None) -> None:
         self.average = ExponentialAverage(decay=decay, final_decay=final_decay)
         self.step = 0
+        self.shapes: dict[str, torch.Size] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for before in trainer.callbacks[: trainer.callbacks.index(self)]:
             # else a checkpoint would hold the average of the step before
             assert not isinstance(before, Checkpoints), "Ema comes before Checkpoints"
+        # a strategy gives scalars a dimension later, checkpoints have them without
+        self.shapes = {name: p.shape for name, p in pl_module.model.named_parameters()}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Copy the weights, or place the averages of a checkpoint where the weights are."""
@@ -65,7 +69,11 @@ class Ema(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """On every rank, as shards are gathered; only rank 0's has the weights."""
-        return {"step": self.step, "weights": self.average.gathered()}
+        weights = {
+            name: weight.reshape(self.shapes.get(name, weight.shape))
+            for name, weight in self.average.gathered().items()
+        }
+        return {"step": self.step, "weights": weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Whole weights on the CPU; they are placed when training starts."""

@@ -6,6 +6,7 @@ trained parameters apart from the parameters, also in float32; here both are rea
 """
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from pipeline.distributed import rank
 from pipeline.trainer.checkpoints import check_names, has_shape
+
+log = logging.getLogger(__name__)
 
 
 def gathered(
@@ -105,8 +108,11 @@ def whole_optimizer(
 
 @torch.no_grad()
 def load_optimizer(engine: Any, names: list[list[str]], content: Mapping[str, Any]) -> None:
-    """Counts are one for each of the engine's flat pieces: those of a piece's first parameter. One
-    that comes without state (it was frozen) starts from zero moments with that count.
+    """A flat piece of the engine has one count of steps, that of its first parameter with state.
+
+    Exact for a run's own checkpoint. Where a phase adds parameters (thawed ones, resized tables),
+    they start from zero moments with the others' count: Adam's correction of young moments, which
+    a process with whole parameters makes, is missing in their first steps. Said in the log.
     """
     parameters = dict(engine.module.named_parameters())
     if engine.zero_optimization_stage() == 0:
@@ -114,6 +120,13 @@ def load_optimizer(engine: Any, names: list[list[str]], content: Mapping[str, An
         engine.optimizer.load_state_dict(_reshaped(content, held))
         return
     members = [parameters[name] for group in names for name in group]
+    young = len(members) - len(content["state"])
+    if content["state"] and young and rank() == 0:
+        log.warning(
+            "%d parameters without optimizer state take the others' count of steps: their first "
+            "steps are shorter than under trainer=ddp or trainer=fsdp",
+            young,
+        )
     for index, state in content["state"].items():
         flat, held = _flat_of(engine.optimizer, members[index])
         for key, value in state.items():
