@@ -25,6 +25,8 @@ from pipeline.tracking.metrics import MetricsFile
 from pipeline.trainer.checkpoints import find_newest
 from pipeline.trainer.module import Optimizer, Schedule
 from pipeline.trainer.run import claim, loggers, make_trainer, run_directory
+from pipeline.trainer.strategies.fsdp import FullyShardedStrategy
+from pipeline.trainer.strategies.zero import ZeroStrategy
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +166,11 @@ def train_captioner(cfg: DictConfig) -> Path:
     tokenizer = build(cfg.tokenizer)
     (phase,) = phases(cfg)
     module, trainer = make_module(cfg, tokenizer), make_trainer(phase, directory, loggers(cfg))
+    if isinstance(trainer.strategy, FullyShardedStrategy | ZeroStrategy):
+        raise ValueError(
+            f"trainer.strategy is {type(trainer.strategy).__name__}, which keeps a captioner in "
+            "pieces that its step does not know: use trainer=ddp"
+        )
     data = build(cfg.data).for_run(
         transform=module.transform,
         tokenizer=tokenizer,

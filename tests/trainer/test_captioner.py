@@ -123,6 +123,11 @@ def test_bad_input_is_named(data, tmp_path):
         train(data, tmp_path, "c", f"run={tmp_path}")
 
 
+def test_strategies_it_does_not_know_are_refused(data, tmp_path):
+    with pytest.raises(ValueError, match="ZeroStrategy.*use trainer=ddp"):
+        train(data, tmp_path, "pieces", "trainer=deepspeed_2", "trainer.accelerator=cpu")
+
+
 def test_dropping_does_not_depend_on_the_world_size():
     whole = dropped_images(0, 5, 1000, 0.3)
     assert torch.equal(whole, dropped_images(0, 5, 1000, 0.3))

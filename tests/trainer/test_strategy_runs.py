@@ -2,9 +2,11 @@
 
 import math
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch import nn
 
 from pipeline.evals.trained import TrainedClip, read_checkpoint
 from pipeline.tracking.metrics import read_metrics
@@ -135,3 +137,23 @@ def test_phases_are_handed_over(name, phased):
             assert mine[key].shape == average.shape, key
             assert torch.allclose(mine[key], average, atol=2e-3), key
         TrainedClip.load(phased / f"phased_{name}", weights="ema")
+
+
+class WithDropout(pl.Callback):
+    """A tower that draws, as a Hugging Face text tower does."""
+
+    def setup(self, trainer, pl_module, stage):
+        for block in pl_module.model.text.transformer.blocks:
+            block.mlp.activation = nn.Sequential(block.mlp.activation, nn.Dropout(0.3))
+
+
+def test_a_tower_that_draws_continues_bit_identically(data, tmp_path):
+    losses = {}
+    for name, legs in {"whole": [4], "two_legs": [2, 4], "without": [4]}.items():
+        for end in legs:
+            torch.rand(end)  # whatever else drew in the process
+            cfg = runs.config_of(data, tmp_path, name, 4, ["trainer.devices=1"])
+            callbacks = [] if name == "without" else [WithDropout()]
+            runs.run(cfg, runs.StopAt(end), *callbacks)
+        losses[name] = [row["train/loss"] for row in read_metrics(tmp_path / name)]
+    assert losses["whole"] == losses["two_legs"] != losses["without"]
