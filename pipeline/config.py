@@ -45,6 +45,7 @@ class TrainConfig:
     global_batch_size: int = MISSING  # pairs per optimizer step, all processes
     micro_batch_size: int | None = None  # pairs per process per forward; null: the local batch
     gradient_clip_norm: float | None = None
+    compile_towers: bool = False  # torch.compile for each transformer block: a minute at the start
     max_skipped_steps: int = 10  # in a row, their gradient not finite; one more ends the run
     log_every_steps: int = 10
     checkpoint_every_steps: int = 100

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 OPERATIONAL = (
     "micro_batch_size",
     "max_skipped_steps",
+    "compile_towers",
     "log_every_steps",
     "checkpoint_every_steps",
     "keep_checkpoints",
@@ -134,6 +135,7 @@ def make_module(phase: Phase, *, fresh: bool) -> ContrastiveModule:
         seed=cfg.seed,
         optimizer_state=cfg.optimizer_state,
         max_skipped_steps=cfg.max_skipped_steps,
+        compile_towers=cfg.compile_towers,
     )
 
 
