@@ -70,6 +70,7 @@ class TrainConfig:
     schedule: Any = MISSING
     ema: Any = None  # a moving average of the weights beside the run
     trainer: Any = MISSING
+    callbacks: dict[str, Any] = field(default_factory=dict)  # what watches the run, by name
     tracking: dict[str, Any] = field(default_factory=dict)
 
 
@@ -151,7 +152,7 @@ ROOTS = {
     "export": ExportConfig,
     "curate": CurateConfig,
 }
-COLLECTIONS = {"loss", "tracking", "eval", "annotate", "select"}  # components keyed by name
+COLLECTIONS = {"loss", "callbacks", "tracking", "eval", "annotate", "select"}  # components keyed by name
 PLAIN = {"loss_weights", "recipe_info", "order", "frozen"}  # values, not components
 ELSEWHERE = {"phases", "every_phase"}  # checked as the configs that they make
 

@@ -44,6 +44,7 @@ OPERATIONAL = (
     "init",  # read once, before the first step
     "runs_dir",
     "trainer",
+    "callbacks",
     "tracking",
     "data.workers",
     "data.shards",  # may have moved; the number of pairs in it is compared with the checkpoint
@@ -150,7 +151,9 @@ def make_trainer(phase: Phase, directory: Path, logger: list[Logger]) -> pl.Trai
     """
     cfg = phase.config
     callbacks = [
-        *([build(cfg.ema)] if cfg.get("ema") else []),  # before the checkpoints, which hold it
+        # before the checkpoints, which hold what they know
+        *([build(cfg.ema)] if cfg.get("ema") else []),
+        *[build(node) for node in cfg.callbacks.values() if node is not None],
         Checkpoints(
             directory=directory / "checkpoints",
             every_steps=cfg.checkpoint_every_steps,
