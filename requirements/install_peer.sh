@@ -7,7 +7,7 @@ venv="${1:-$root/.venv-peer}"
 "${2:-python3}" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/requirements/constraints.txt" "$@"; }
 # What the peers import, with torch pinned; then the peers alone, which would otherwise bring a CUDA torch.
-pip torch==2.13.0 transformers tokenizers numpy pillow regex ftfy tqdm huggingface-hub safetensors pyyaml
+pip torch==2.13.0 transformers tokenizers numpy pillow regex ftfy tqdm huggingface-hub safetensors pyyaml scikit-learn pandas
 pip --no-deps -r "$root/requirements/peer.txt"
 site="$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
 cp "$root/requirements/torchvision_without_cuda.py" "$site/"
