@@ -1,6 +1,8 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Needs Python >= 3.11, nothing else.
 PYTHON ?= python3
 VENV ?= .venv
+# tests at a time; many of them start processes of their own
+TESTS ?= 2
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
@@ -10,7 +12,7 @@ demo: env ## the whole pipeline on the sample pool; look at runs/demo/index.html
 	examples/emoji/run.sh
 
 test: env ## the fast suite
-	$(BIN)/python -m pytest -m "not slow and not slurm and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTS) --dist worksteal -m "not slow and not slurm and not ray"
 
 test-all: env ## everything that this machine can run
 	$(BIN)/python -m pytest

@@ -98,6 +98,7 @@ class TrainCaptionerConfig:
     optimizer: Any = MISSING
     schedule: Any = MISSING
     trainer: Any = MISSING
+    callbacks: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, Any] = field(default_factory=dict)
 
 
