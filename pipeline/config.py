@@ -110,6 +110,9 @@ class EvaluateConfig:
     checkpoint: str | None = None  # null: the newest of the run
     weights: str = "trained"  # trained | ema: the run's moving average
     out: str | None = None  # null: <run>/eval
+    accelerator: str = "auto"
+    devices: int = 1  # processes on a node; each embeds its share
+    num_nodes: int = 1
     eval: dict[str, Any] = field(default_factory=dict)  # tasks by name
 
 
@@ -153,7 +156,14 @@ ROOTS = {
     "export": ExportConfig,
     "curate": CurateConfig,
 }
-COLLECTIONS = {"loss", "callbacks", "tracking", "eval", "annotate", "select"}  # components keyed by name
+COLLECTIONS = {
+    "loss",
+    "callbacks",
+    "tracking",
+    "eval",
+    "annotate",
+    "select",
+}  # components keyed by name
 PLAIN = {"loss_weights", "recipe_info", "order", "frozen"}  # values, not components
 ELSEWHERE = {"phases", "every_phase"}  # checked as the configs that they make
 

@@ -1,19 +1,24 @@
 """COMMAND: numbers of a trained run.
 
     python -m pipeline.evaluate run=runs/demo eval=emoji
+    python -m pipeline.evaluate run=runs/demo eval=emoji devices=8    # the same numbers, sooner
 
-Prints a table, writes <run>/eval/<task>.json (or out=DIR) and returns {"eval/<task>/<metric>": x}.
+Each process embeds its share; srun and torchrun may have started them. Prints a table, writes
+<run>/eval/<task>.json (or out=DIR) and returns {"eval/<task>/<metric>": x}.
 """
 
 import logging
 from pathlib import Path
 
 import hydra
+import torch
+from lightning.fabric import Fabric
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import CONF, build, check, user_errors
+from pipeline.distributed import barrier, rank
 from pipeline.evals.task import run_task
 from pipeline.evals.trained import TrainedClip
 from pipeline.shards import write_json
@@ -27,14 +32,32 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     tasks = {name: build(node) for name, node in config.eval.items()}
     if not tasks:
         raise ValueError("no tasks: give eval=NAME, one of conf/eval")
-    trained = TrainedClip.load(config.run, checkpoint=config.checkpoint, weights=config.weights)
+    device = processes(config)
+    trained = TrainedClip.load(
+        config.run, checkpoint=config.checkpoint, weights=config.weights, device=device
+    )
     numbers: dict[str, float] = {}
     for name, task in tasks.items():
         log.info("%s of %s", name, trained.checkpoint)
         found = run_task(name, task, trained)
-        write_json(out / f"{name}.json", {"checkpoint": str(trained.checkpoint), "metrics": found})
+        if rank() == 0:
+            kept = {"checkpoint": str(trained.checkpoint), "metrics": found}
+            write_json(out / f"{name}.json", kept)
         numbers |= found
+    barrier()  # the launcher ends the others with the first
     return numbers
+
+
+def processes(config: DictConfig) -> torch.device:
+    """Start the processes, or join those of srun or torchrun; the device of this one."""
+    fabric = Fabric(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy="ddp" if config.devices * config.num_nodes > 1 else "auto",
+    )
+    fabric.launch()
+    return fabric.device
 
 
 def table(numbers: dict[str, float], *, title: str) -> Table:
@@ -55,7 +78,8 @@ def main(config: DictConfig) -> dict[str, float]:
     with user_errors("clip-eval"):
         check(config)
         numbers = evaluate(config)
-    Console().print(table(numbers, title=config.run))
+    if rank() == 0:
+        Console().print(table(numbers, title=config.run))
     return numbers
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pipeline.evals.ranking import ranks
-from pipeline.evals.task import Embedder, in_batches
+from pipeline.evals.task import Embedder, in_shares
 from pipeline.evals.zero_shot import ZeroShot
 from pipeline.shards import read_manifest
 
@@ -50,7 +50,7 @@ class ByFrequency:
         counts = class_counts(self.counts, names)
         class_embed = self.zero_shot.class_embed(trained)
         places, labels = [], []
-        for batch in in_batches(self.zero_shot.images.samples(), self.batch_size):
+        for batch in in_shares(self.zero_shot.images.samples(), self.batch_size):
             embed = trained.image_embed([image for image, _ in batch], batch_size=self.batch_size)
             own = torch.tensor([label for _, label in batch])
             places.append(ranks(embed @ class_embed.T, one_hot(own, len(names)).bool()))

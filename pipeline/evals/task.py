@@ -11,6 +11,9 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 T = TypeVar("T")
+# Embedded at a time: up to so many ranks have work. The same for any number of ranks, since the
+# size of a matrix product shows in its last bits.
+SHARED_BATCHES = 32
 
 
 class Embedder(Protocol):
@@ -22,7 +25,9 @@ class Embedder(Protocol):
 
 
 class Task(Protocol):
-    """One evaluation. Its numbers do not depend on how the samples are batched."""
+    """One evaluation. Its numbers do not depend on how the samples are batched, or on the number of
+    ranks: each runs the whole task, and the embedder shares the forwards out.
+    """
 
     def run(self, trained: Embedder) -> dict[str, float]: ...
 
@@ -32,6 +37,11 @@ def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+def in_shares(items: Iterable[T], batch_size: int) -> Iterator[list[T]]:
+    """Lists of as many items as the ranks embed together, a batch after the other."""
+    return in_batches(items, batch_size * SHARED_BATCHES)
 
 
 def run_task(name: str, task: Task, trained: Embedder) -> dict[str, float]:

@@ -18,7 +18,7 @@ from torch.nn.functional import one_hot
 
 from pipeline.data.images import decode
 from pipeline.evals.ranking import ranks, recall
-from pipeline.evals.task import Embedder, in_batches
+from pipeline.evals.task import Embedder, in_shares
 from pipeline.evals.zero_shot import ZeroShot
 
 WORD = re.compile(r"\w+")
@@ -73,7 +73,7 @@ class TextSpotting:
         class_embed = self.zero_shot.class_embed(trained)
         scores: dict[str, list[Tensor]] = {"clean": [], "band": [], "word": []}
         labels, words = [], []
-        for batch in in_batches(self.zero_shot.images.samples(), self.batch_size):
+        for batch in in_shares(self.zero_shot.images.samples(), self.batch_size):
             chosen = [wrong_class(*pair, names, candidates, self.seed) for pair in batch]
             images = {
                 "clean": [image for image, _ in batch],

@@ -5,16 +5,18 @@ import re
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from pipeline.config import build
+from pipeline.distributed import peers, rank, world_size
 from pipeline.evals.task import in_batches
 from pipeline.phases import phase_of
 
+T = TypeVar("T")
 WEIGHTS = ("trained", "ema")
 MODEL_PREFIX = "model."  # the Lightning module holds the model under this name
 
@@ -31,6 +33,8 @@ class TrainedClip:
     """A model in evaluation mode with the tokenizer and the image transform it was trained with.
 
     All tokens are seen: token policies belong to training and are not part of the model.
+    In a process group every rank embeds its share and has all embeddings, the same bits for any
+    number of ranks.
     """
 
     def __init__(
@@ -81,15 +85,41 @@ class TrainedClip:
             checkpoint=path,
         )
 
-    @torch.inference_mode()
     def image_embed(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor:
         """(n, D) float32 on the CPU, unit norm. Raises ValueError for bytes that are no image."""
+        return self._shared(images, batch_size, self._embed_images)
+
+    def text_embed(self, captions: Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """(n, D) float32 on the CPU, unit norm."""
+        return self._shared(captions, batch_size, self._embed_captions)
+
+    @torch.inference_mode()
+    def _shared(
+        self, items: Sequence[T], batch_size: int, embed: Callable[[Sequence[T]], Tensor]
+    ) -> Tensor:
+        """Embeddings of all items on every rank, each having computed its share.
+
+        Whole batches are dealt out in turn, so a batch is the same whatever the number of ranks and
+        so are its bits. Every rank runs as many forwards (the last batch again where it has none
+        left), so that a model kept in pieces cannot wait for a rank that is done.
+        """
+        batches = list(in_batches(items, batch_size))
         embeds = [torch.empty(0, self.model.embed_dim)]
-        for batch in in_batches(images, batch_size):
-            pixels = torch.stack([self._pixels(data) for data in batch]).to(self.device)
-            embed = self.model.encode_image(self.transform.normalise(pixels))
-            embeds.append(embed.float().cpu())
+        for start in range(0, len(batches), world_size()):
+            own = embed(batches[min(start + rank(), len(batches) - 1)])
+            rows = own.new_zeros(batch_size, own.shape[1])
+            rows[: len(own)] = own
+            everyone = peers().gather(rows).cpu().unflatten(0, (-1, batch_size))
+            here = zip(batches[start : start + world_size()], everyone, strict=False)
+            embeds += [part[: len(batch)] for batch, part in here]
         return torch.cat(embeds)
+
+    def _embed_images(self, images: Sequence[bytes]) -> Tensor:
+        pixels = torch.stack([self._pixels(data) for data in images]).to(self.device)
+        return self.model.encode_image(self.transform.normalise(pixels)).float()
+
+    def _embed_captions(self, captions: Sequence[str]) -> Tensor:
+        return self.model.encode_text(self.tokenizer(captions).to(self.device)).float()
 
     def _pixels(self, image: bytes) -> Tensor:
         try:
@@ -99,15 +129,6 @@ class TrainedClip:
                 f"the image with sha256 {sha256(image).hexdigest()} ({len(image)} bytes) cannot be "
                 f"embedded: {error}"
             ) from error
-
-    @torch.inference_mode()
-    def text_embed(self, captions: Sequence[str], *, batch_size: int = 256) -> Tensor:
-        """(n, D) float32 on the CPU, unit norm."""
-        embeds = [torch.empty(0, self.model.embed_dim)]
-        for batch in in_batches(captions, batch_size):
-            embed = self.model.encode_text(self.tokenizer(batch).to(self.device))
-            embeds.append(embed.float().cpu())
-        return torch.cat(embeds)
 
 
 def shortened(config: DictConfig) -> dict[str, int]:

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize, one_hot
 
 from pipeline.evals.labelled_images import LabelledImages, prompt
 from pipeline.evals.ranking import ranks, recall
-from pipeline.evals.task import Embedder, in_batches
+from pipeline.evals.task import Embedder, in_shares
 
 
 class ZeroShot:
@@ -31,7 +31,7 @@ class ZeroShot:
         """`classification_metrics` of the split."""
         class_embed = self.class_embed(trained)
         scores, labels = [], []
-        for batch in in_batches(self.images.samples(), self.batch_size):
+        for batch in in_shares(self.images.samples(), self.batch_size):
             image_embed = trained.image_embed(
                 [image for image, _ in batch], batch_size=self.batch_size
             )
@@ -45,7 +45,7 @@ class ZeroShot:
         """(C, D) unit norm: the mean of the T unit-norm prompt embeddings, normalised again."""
         templates = self.images.templates()
         classes = []
-        for names in in_batches(self.images.class_names(), self.batch_size):
+        for names in in_shares(self.images.class_names(), self.batch_size):
             prompts = [prompt(template, name) for name in names for template in templates]
             text_embed = trained.text_embed(prompts, batch_size=self.batch_size)
             classes.append(text_embed.unflatten(0, (len(names), len(templates))).mean(dim=1))

@@ -13,57 +13,8 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from pipeline.config import build
 from pipeline.evals.trained import TrainedClip, newest_checkpoint
 from pipeline.evaluate import table
-
-MODEL = {
-    "_target_": "pipeline.models.clip.CLIP",
-    "embed_dim": 12,
-    "image": {
-        "_target_": "pipeline.models.vit.VisionTransformer",
-        "image_size": 16,
-        "patch_size": 8,
-        "width": 16,
-        "layers": 1,
-        "heads": 2,
-    },
-    "text": {
-        "_target_": "pipeline.models.text.TextTransformer",
-        "vocab_size": 49408,
-        "context_length": 12,
-        "width": 16,
-        "layers": 1,
-        "heads": 2,
-    },
-}
-
-
-def save_checkpoint(model, path):
-    path.parent.mkdir(exist_ok=True)
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    content = {"state_dict": weights, "global_step": 1, "optimizer_states": [{"state": {}}]}
-    torch.save(content, path)
-
-
-@pytest.fixture
-def run(tmp_path):
-    config = OmegaConf.create(
-        {
-            "name": "n",
-            "model": MODEL,
-            "tokenizer": {
-                "_target_": "pipeline.data.tokenizer.BpeTokenizer",
-                "path": "clip",
-                "context_length": 12,
-            },
-            "transform": {"_target_": "pipeline.data.images.ImageTransform", "image_size": 16},
-        }
-    )
-    OmegaConf.save(config, tmp_path / "config.yaml")
-    torch.manual_seed(0)
-    save_checkpoint(build(config.model), tmp_path / "checkpoints" / "step-10.ckpt")
-    return tmp_path
 
 
 def pictures(count):
@@ -102,7 +53,7 @@ def test_captions_that_training_shortens_are_truncated_in_evaluation(run):
     torch.testing.assert_close(TrainedClip.load(run).text_embed(long), expected)
 
 
-def test_the_newest_checkpoint_is_loaded(run):
+def test_the_newest_checkpoint_is_loaded(run, save_checkpoint):
     trained = TrainedClip.load(run)
     torch.nn.init.zeros_(trained.model.text_projection.weight)
     save_checkpoint(trained.model, run / "checkpoints" / "step-9.ckpt")
