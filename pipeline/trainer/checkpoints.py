@@ -75,10 +75,16 @@ class Checkpoints(pl.Callback):
         step = trainer.global_step
         if step % self.every_steps and step != trainer.max_steps:
             return
-        trainer.save_checkpoint(self.directory / f"step-{step:08d}.ckpt")
+        self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> Path:
+        """Write the step that has just ended; called on every rank."""
+        path = self.directory / f"step-{trainer.global_step:08d}.ckpt"
+        trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             for old in sorted(self.directory.glob("step-*.ckpt"))[: -self.keep]:
                 old.unlink()
+        return path
 
 
 def newest_of(trainer: pl.Trainer) -> Path | None:

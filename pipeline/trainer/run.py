@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from hydra.errors import InstantiationException
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -145,6 +146,13 @@ def loggers(cfg: DictConfig) -> list[Logger]:
     return [build(node) for node in cfg.tracking.values() if node is not None]
 
 
+def cluster() -> list[SLURMEnvironment]:
+    """Under srun: SLURM's ranks without Lightning's requeueing, which writes a checkpoint in the
+    middle of a step (callbacks/preemption.py waits for its end).
+    """
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+
+
 def make_trainer(phase: Phase, directory: Path, logger: list[Logger]) -> pl.Trainer:
     """Lightning's Trainer with our callbacks, loggers and checkpoint writing. Steps are counted
     through all phases.
@@ -171,7 +179,7 @@ def make_trainer(phase: Phase, directory: Path, logger: list[Logger]) -> pl.Trai
         "max_epochs": -1,
         "callbacks": callbacks,
         "logger": logger,
-        "plugins": [AtomicCheckpointIO()],
+        "plugins": [AtomicCheckpointIO(), *cluster()],
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,

@@ -1,0 +1,75 @@
+"""A signal before the end of the allocation: finish the step, write a checkpoint, leave."""
+
+import logging
+import signal
+import threading
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from pipeline.trainer.checkpoints import Checkpoints
+
+log = logging.getLogger(__name__)
+
+TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+
+
+class Preemption(pl.Callback):
+    """signals: names that end the run early, e.g. SLURM's --signal=USR1@300 and its TERM.
+
+    A signal to one process is enough: the ranks agree after each step. What remains of the step and
+    one checkpoint's writing is the time it takes; then every process exits with code 75, and the
+    same command continues to the same bits. Before the first step a signal ends the process as
+    ever.
+    Price: one all-reduce of a number a step.
+    """
+
+    def __init__(self, *, signals: Sequence[str] = ("USR1", "TERM")) -> None:
+        unknown = [name for name in signals if not hasattr(signal, f"SIG{name}")]
+        if unknown:
+            raise ValueError(
+                f"callbacks.preemption.signals: {unknown} is no signal: give e.g. [USR1, TERM]"
+            )
+        self.signals = [getattr(signal, f"SIG{name}") for name in signals]
+        self.received: str | None = None
+        self.before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the signals over: Lightning's own handler communicates in the middle of a step."""
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._receive) for number in self.signals}
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
+        """Raises SystemExit(75) on every rank after a step in which one of them got a signal."""
+        asked = self.received is not None
+        if trainer.world_size > 1:
+            flag = torch.tensor([float(asked)], device=pl_module.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            asked = bool(flag.item())
+        if not asked or trainer.global_step >= trainer.max_steps:
+            return
+        checkpoints = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
+        path = checkpoints.save(trainer)
+        if trainer.is_global_zero:
+            log.warning(
+                "%s: stopped after step %d, %s is written; the same command goes on (exit code %d)",
+                self.received or "a signal to another rank",
+                trainer.global_step,
+                path,
+                TEMPORARY_FAILURE,
+            )
+        raise SystemExit(TEMPORARY_FAILURE)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
