@@ -167,7 +167,7 @@ def test_the_chain_wants_its_parts(place):
 
 def test_a_sweep_of_two_jobs(slurm, place, data, tmp_path, command):
     given = command(data, tmp_path, "sweep-lr${optimizer.lr}", "samples_seen=96")
-    given += ["-m", "optimizer.lr=0.001,0.002", "hydra/launcher=submitit_slurm"]
+    given[3:3] = ["-m", "optimizer.lr=0.001,0.002", "hydra/launcher=submitit_slurm"]
     given += ["hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=2"]
     given += [f"hydra.sweep.dir={tmp_path / 'sweep'}", "trainer.accelerator=cpu"]
     done = subprocess.run(given, **place, capture_output=True, text=True, check=False, timeout=400)
