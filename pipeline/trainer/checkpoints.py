@@ -1,10 +1,7 @@
 """Checkpoints: written whole or not at all, the newest few kept, the newest found again."""
 
-import logging
 import os
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +10,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -53,49 +48,12 @@ def check_names(held: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
         )
 
 
-def numbered(directory: Path) -> list[Path]:
-    """The checkpoints of a folder, the one with the most steps first."""
+def find_newest(directory: Path) -> Path | None:
+    """The checkpoint with the most steps, or None."""
     found = [
         (int(m[1]), p) for p in directory.glob("*.ckpt") if (m := re.search(r"(\d+)$", p.stem))
     ]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def find_newest(directory: Path) -> Path | None:
-    """The checkpoint with the most steps, or None."""
-    return next(iter(numbered(directory)), None)
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's file: None for a zip archive whose checksums are right.
-
-    Price: reads it once.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            member = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
-        return f"{type(error).__name__}: {error}"
-    return None if member is None else f"{member} has a wrong checksum"
-
-
-def find_sound(directory: Path) -> Path | None:
-    """The newest checkpoint that can be read; those passed over are named in the log.
-
-    None where there is no checkpoint. Raises ValueError where there are some and none is sound.
-    """
-    candidates = numbered(directory)
-    for path in candidates:
-        wrong = damage(path)
-        if wrong is None:
-            return path
-        log.warning("%s is damaged (%s): passed over", path, wrong)
-    if candidates:
-        raise ValueError(
-            f"{directory}: all {len(candidates)} checkpoints are damaged: give one back from a "
-            "copy, or remove them to train from the first step"
-        )
-    return None
+    return max(found)[1] if found else None
 
 
 def step_of(checkpoint: Path | None) -> int:

@@ -26,8 +26,7 @@ from pipeline.shards import write_atomically
 from pipeline.tracking.metrics import MetricsFile
 from pipeline.trainer.attentive import module_class
 from pipeline.trainer.callbacks.progress import PairsProgress
-from pipeline.trainer.checkpoints import AtomicCheckpointIO, Checkpoints, find_sound, step_of
-from pipeline.trainer.lock import alone, first_process
+from pipeline.trainer.checkpoints import AtomicCheckpointIO, Checkpoints, find_newest, step_of
 from pipeline.trainer.module import ContrastiveModule
 from pipeline.trainer.strategies.adapter import refuse_wrong_trainer
 
@@ -103,7 +102,7 @@ def claim(cfg: DictConfig, directory: Path) -> None:
                 "back:\n" + "\n".join(differing)
             )
         return
-    if not first_process():
+    if os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("SLURM_PROCID", "0") != "0":
         return
     directory.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -283,16 +282,10 @@ def train_phase(phase: Phase, directory: Path, logger: list[Logger], newest: Pat
 def train(cfg: DictConfig) -> Path:
     """Train, from the last checkpoint if there is one; returns the run directory."""
     directory = run_directory(cfg)
-    with alone(directory):
-        return train_phases(cfg, directory)
-
-
-def train_phases(cfg: DictConfig, directory: Path) -> Path:
-    """`train`, once nobody else does."""
     claim(cfg, directory)
     logger, plan = loggers(cfg), phases(cfg)
     for phase in plan:
-        newest = find_sound(directory / "checkpoints")
+        newest = find_newest(directory / "checkpoints")
         if step_of(newest) < phase.end_step:
             train_phase(phase, directory, logger, newest)
         elif phase is plan[-1]:

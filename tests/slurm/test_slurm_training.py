@@ -13,6 +13,7 @@ from pipeline.tracking.metrics import read_metrics
 from pipeline.trainer.checkpoints import find_newest
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+ENDED = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 TWO_TASKS = ("--nodes=1", "--ntasks-per-node=2")
 
 
@@ -49,12 +50,14 @@ def state(slurm, job):
 
 def wait(slurm, job, *, log=None, seconds=300, until=("COMPLETED",)):
     """The job's last state; a job that waits to start again is started at once."""
-    end = time.monotonic() + seconds
+    end, ended = time.monotonic() + seconds, 0
     while time.monotonic() < end:
         found = state(slurm, job)
         if found["JobState"] in until:
             return found
-        if found["JobState"] in ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"):
+        # a job that is being queued again looks cancelled or failed for a moment
+        ended = ended + 1 if found["JobState"] in ENDED else 0
+        if ended > 20:
             break
         if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
             # a job that is queued again is held for two minutes
