@@ -1,6 +1,7 @@
 """metrics.jsonl: one JSON object a log step, so that a run can be read back without a server."""
 
 import json
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,13 @@ class MetricsFile(Logger):
                 f"{self.path}: {error.strerror}. Nothing finished is lost: make room on that disk, "
                 "then the same command goes on"
             ) from error
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Put the rows on the disk, as a checkpoint is: a crash of the machine keeps them."""
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
 
     @rank_zero_only
     def rewind(self, step: int) -> None:

@@ -72,6 +72,7 @@ def wandb_logger(
                 error,
                 directory,
             )
+            wandb.teardown()  # else its process still has a run of this name
     return begun(name, directory, project, offline=True)
 
 

@@ -150,6 +150,8 @@ class Checkpoints(pl.Callback):
     def save(self, trainer: pl.Trainer) -> Path:
         """Write the step that has just ended; called on every rank."""
         path = self.directory / f"step-{trainer.global_step:08d}.ckpt"
+        for logger in trainer.loggers:
+            logger.save()  # rows up to here are not written again
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             for old in sorted(self.directory.glob("step-*.ckpt"))[: -self.keep]:
