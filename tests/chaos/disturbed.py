@@ -21,11 +21,14 @@ DISK_MIB = 64
 
 @dataclass
 class Struck:
-    """A fault that happened: at which step, and seconds until the run was past that step."""
+    """A fault that happened: at which step, and seconds until the run was past the last step done
+    before it ended or went on.
+    """
 
     kind: str
     at: int
     since: float
+    past: int = 0
     seconds: float | None = None
 
 
@@ -70,7 +73,7 @@ class Disturbed:
         """The newest step of any life; faults that it is past are over."""
         _, step = self.run.last()
         for one in self.struck:
-            if one.seconds is None and step > one.at:
+            if one.seconds is None and step > one.past:
                 one.seconds = time.monotonic() - one.since
         return step
 
@@ -101,8 +104,7 @@ class Disturbed:
                 assert code == 0, f"{fault}: exit code {code}:\n{life.said()[-2000:]}"
                 return
             time.sleep(self.draw.uniform(0, 0.1))
-            self.strike(fault, life)
-            life = fault.settle(self.run, life)
+            life = self.strike(fault, life)
         life = life or self.run.start()
         while life.running():
             self.look()
@@ -112,10 +114,14 @@ class Disturbed:
         for one in self.struck:  # at the last step, or nobody looked any more
             one.seconds = one.seconds or time.monotonic() - one.since
 
-    def strike(self, fault: Fault, life: Life) -> None:
+    def strike(self, fault: Fault, life: Life) -> Life | None:
+        """One fault and what follows; gives the life that goes on, if one does."""
         one = Struck(type(fault).__name__, self.run.last()[1], time.monotonic())
-        self.struck.append(one)
         fault.strike(self.run, life)
+        left = fault.settle(self.run, life)
+        one.past = self.run.last()[1]  # a run may go some steps before it notices
+        self.struck.append(one)
+        return left
 
 
 @dataclass

@@ -99,7 +99,7 @@ class Life:
         """Children of a process whose command begins with a program of this name; no ranks."""
         return [
             pid
-            for pid in self.members()
+            for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
             if stat(pid)[1:2] == [str(of)] and pid != self.rank(1) and name in program(pid)
         ]
 
