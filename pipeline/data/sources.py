@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.data.cache import CHUNK, FileCache, Remote, filesystem, refuse_other
 from pipeline.data.foreign import is_pattern, read_foreign
-from pipeline.shards import Dataset, Shard, write_atomically
+from pipeline.shards import BLOCK, Dataset, Shard, read_manifest, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,29 @@ def open_dataset(
     return CachedDataset(folder, url=shards.rstrip("/"), cache=cache, **knobs)
 
 
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """Changes when a file is written or replaced; None where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        found = os.stat(path)
+        return found.st_ino, found.st_size, found.st_mtime_ns
+    return None
+
+
+def refuse_other_members(shard: Shard) -> None:
+    """Raise ValueError when a tar's first or last pair is not its index's: one was replaced.
+
+    Price: two pages. A tar of the same size and ends is what verify=sha256 is for.
+    """
+    for row in {0, len(shard) - 1} - {-1}:
+        start = int(shard.offset[row]) - BLOCK
+        member = shard.data[max(start, 0) : start + BLOCK][:100].split(b"\0")[0].decode("latin-1")
+        if len(shard.uids[row]) < 90 and member.rpartition(".")[0] != shard.uids[row]:
+            raise ValueError(
+                f"{shard.path}: its index has uid {shard.uids[row]} where the tar has "
+                f"{member[:90]!r}: one of both was replaced; copy them again"
+            )
+
+
 class LocalDataset(Dataset):
     """A dataset directory whose files are compared with the manifest."""
 
@@ -79,7 +102,30 @@ class LocalDataset(Dataset):
         # two windows at least: fewer open shards would be opened again pair by pair
         super().__init__(directory, columns=columns, max_open=max(64, 2 * window_shards))
         self.verify = verify
-        if verify != "none":
+        self.listed = stamp(self.directory / "manifest.json")
+        self.verify_files()
+
+    def refuse_other_manifest(self) -> None:
+        """Raise ValueError when the dataset was replaced by another."""
+        now = stamp(self.directory / "manifest.json")
+        if now != self.listed and read_manifest(self.directory) != self.manifest:
+            raise ValueError(
+                f"{self.directory}: manifest.json is not the one of this run's shards any more: "
+                "give them back"
+            )
+        self.listed = now
+
+    def refuse_cut(self, shard: Shard) -> None:
+        """Raise ValueError when a tar has another size than when it was opened.
+
+        What lies behind the end of a file that is cut reads as zeros up to the next page.
+        """
+        with contextlib.suppress(FileNotFoundError):  # its bytes are still there for who has it
+            refuse_other(str(shard.path), len(shard.data), os.stat(shard.path).st_size, None, None)
+
+    def verify_files(self) -> None:
+        """Compare sizes with the manifest, where `verify` asks for anything."""
+        if self.verify != "none":
             self.compare_listing()
 
     def compare_listing(self) -> None:
@@ -103,6 +149,12 @@ class LocalDataset(Dataset):
 
     def _open(self, number: int) -> Shard:
         shard, entry = super()._open(number), self.manifest["shards"][number]
+        if self.verify == "none":
+            return shard
+        # once more: shards may be replaced while a run goes on
+        self.refuse_other_manifest()
+        refuse_other(str(shard.path), entry["num_bytes"], len(shard.data), None, None)
+        refuse_other_members(shard)
         if self.verify == "sha256" and entry.get("sha256"):
             digest = hashlib.sha256()
             for start in range(0, len(shard.data), CHUNK):

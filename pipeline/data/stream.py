@@ -6,6 +6,7 @@ shards come from: pipeline/data/sources.py.
 Letters: B local pairs, L context length, S image size.
 """
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 from pipeline.data.cache import FileCache
 from pipeline.data.images import BadImage, ImageTransform
 from pipeline.data.late_balance import LateBalance
+from pipeline.data.loading import Plan, WorkerDied, batches
 from pipeline.data.order import Interleaving, ShuffledOrder, generator
 from pipeline.data.sources import COLUMNS, LocalDataset, open_dataset, windows_ahead
 from pipeline.shards import Shard
@@ -29,6 +31,7 @@ Sample = tuple[int, int, int]  # (dataset, epoch, index in the epoch's order)
 CaptionSampler = Callable[[list[dict[str, Any]], str, np.random.Generator, int], str]
 
 MAX_STAND_INS = 100
+MAX_DEATHS = 3  # of workers in a row, without a batch between them
 JUDGED_AFTER = 1000  # pairs of a process, before its share of bad ones is judged
 
 
@@ -95,6 +98,7 @@ class _Samples(torch.utils.data.Dataset):
                 image, caption, uid = self._pair(part, shard, row, epoch)
                 return image, caption, uid, reasons
             except (BadImage, BadPair) as error:
+                part.dataset.refuse_cut(shard)
                 reasons.append(error.reason)
                 self._warn(f"{shard.path}: row {row}, uid {shard.uids[row]}: {error}")
         raise ValueError(
@@ -139,6 +143,8 @@ class ShardStream:
     cache, cache_gib: the folder where shards of URLs are kept, and its bound. It is shared by the
         processes of a machine; threads fetch the window that is read and the next one.
     max_bad_fraction: above it (and after 1,000 pairs of a process) the run stops.
+    workers: loader processes. One that dies is replaced and the stream goes on at the same pair; a
+        third death in a row without a batch ends it (ValueError).
     Raises ValueError when the global batch does not divide by the ranks, there are fewer pairs
     than a batch, late_balance finds pairs without that probability, or shards are missing or not
     what their manifest says.
@@ -198,6 +204,15 @@ class ShardStream:
         """Pairs of the datasets; with late_balance an epoch sees fewer."""
         return sum(len(part.dataset) for part in self.parts)
 
+    def fingerprint(self) -> str:
+        """Of the shards as their manifests list them, wherever they lie."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            for shard in part.dataset.manifest["shards"]:
+                entry = (shard["num_samples"], shard["num_bytes"], shard.get("sha256"))
+                digest.update(f"{entry}\n".encode())
+        return digest.hexdigest()[:16]
+
     def local_positions(self, first: int) -> range:
         """Global positions of this rank's pairs in the global batch that starts at `first`."""
         local = self.global_batch_size // self.world_size
@@ -227,18 +242,36 @@ class ShardStream:
         }
 
     def __iter__(self) -> Iterator[Batch]:
-        loader = DataLoader(
-            self.samples,
-            batch_sampler=_Plan(self._plan),
-            num_workers=self.workers,
-            collate_fn=self._collate,
-            pin_memory=torch.cuda.is_available(),
+        deaths = 0
+        while True:
+            try:
+                for batch in self._loaded():
+                    first, deaths = self.position, 0
+                    self.position += self.global_batch_size
+                    self._count(batch)
+                    yield {**batch, "first": first}
+            except WorkerDied as error:
+                deaths += 1
+                for part in self.parts:
+                    part.dataset.verify_files()  # a truncated tar kills who reads it
+                if deaths == MAX_DEATHS:
+                    raise ValueError(
+                        f"{error}, {deaths} times at pair {self.position}: too little memory for "
+                        f"data.workers={self.workers}, or a picture that kills its decoder"
+                    ) from error
+                log.warning("%s: others go on from pair %d", error, self.position)
+
+    def _loaded(self) -> Iterator[Batch]:
+        """Batches from `position` on."""
+        return batches(
+            DataLoader(
+                self.samples,
+                batch_sampler=Plan(self._plan),
+                num_workers=self.workers,
+                collate_fn=self._collate,
+                pin_memory=torch.cuda.is_available(),
+            )
         )
-        for batch in loader:
-            first = self.position
-            self.position += self.global_batch_size
-            self._count(batch)
-            yield {**batch, "first": first}
 
     def _count(self, batch: Batch) -> None:
         self.seen += len(batch["uids"])
@@ -296,13 +329,3 @@ def sources(
                 f"data.mixture[{number}] {dict(entry)}: needs shards, and a weight above 0"
             )
     return [entry["shards"] for entry in mixture], [entry["weight"] for entry in mixture]
-
-
-class _Plan:
-    """A batch sampler: the DataLoader wants something that can be iterated more than once."""
-
-    def __init__(self, plan: Callable[[], Iterator[list[Sample]]]):
-        self.plan = plan
-
-    def __iter__(self) -> Iterator[list[Sample]]:
-        return self.plan()

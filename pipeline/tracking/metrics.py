@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from pipeline.shards import FULL, write_atomically
+
 
 class MetricsFile(Logger):
     """directory: the run's folder. Keys are those of the dashboard."""
@@ -32,8 +34,23 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise ValueError(
+                f"{self.path}: {error.strerror}. Nothing finished is lost: make room on that disk, "
+                "then the same command goes on"
+            ) from error
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Put the rows on the disk, as a checkpoint is: a crash of the machine keeps them."""
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
@@ -43,16 +60,14 @@ class MetricsFile(Logger):
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if row["step"] <= step:
+            if isinstance(row, dict) and row.get("step", step + 1) <= step:
                 kept.append(line + "\n")
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(kept))
-        os.replace(part, self.path)
+        write_atomically(self.path, "".join(kept).encode())
 
 
 def read_metrics(run: str | Path) -> list[dict[str, float]]:

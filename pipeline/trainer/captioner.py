@@ -22,9 +22,10 @@ from pipeline.evals.trained_captioner import make_captioner
 from pipeline.models.captioner import Captioner
 from pipeline.phases import phases
 from pipeline.tracking.metrics import MetricsFile
-from pipeline.trainer.checkpoints import find_newest
+from pipeline.trainer.checkpoints import find_sound, step_of
+from pipeline.trainer.identity import claimed
 from pipeline.trainer.module import Optimizer, Schedule
-from pipeline.trainer.run import claim, loggers, make_trainer, run_directory
+from pipeline.trainer.run import loggers, make_trainer
 from pipeline.trainer.strategies.fsdp import FullyShardedStrategy
 from pipeline.trainer.strategies.zero import ZeroStrategy
 
@@ -159,10 +160,15 @@ def make_module(cfg: DictConfig, tokenizer: Any) -> CaptionerModule:
 
 
 def train_captioner(cfg: DictConfig) -> Path:
-    """Train, from the last checkpoint if there is one; returns the run directory."""
+    """Train, from the last sound checkpoint if there is one; returns the run directory."""
     fill_from_proxy(cfg)
-    directory = run_directory(cfg)
-    claim(cfg, directory)
+    with claimed(cfg) as (directory, ours):
+        train_in(cfg, directory, find_sound(directory / "checkpoints", set_aside=ours))
+    return directory
+
+
+def train_in(cfg: DictConfig, directory: Path, newest: Path | None) -> None:
+    """Train in a run directory from a checkpoint of it."""
     tokenizer = build(cfg.tokenizer)
     (phase,) = phases(cfg)
     module, trainer = make_module(cfg, tokenizer), make_trainer(phase, directory, loggers(cfg))
@@ -178,8 +184,7 @@ def train_captioner(cfg: DictConfig) -> Path:
         seed=cfg.seed,
     )
     data.open(rank=trainer.global_rank, world_size=trainer.world_size)
-    newest = find_newest(directory / "checkpoints")
-    step = int(newest.stem.split("-")[-1]) if newest is not None else 0
+    step = step_of(newest)
     if trainer.is_global_zero:
         parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
         log.info("captioner: %.2f M parameters are trained", parameters / 1e6)
@@ -191,4 +196,3 @@ def train_captioner(cfg: DictConfig) -> Path:
     if step >= trainer.max_steps:
         log.info("nothing to do: all %d steps are done", step)
     trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
-    return directory

@@ -1,15 +1,22 @@
 """Checkpoints: written whole or not at all, the newest few kept, the newest found again."""
 
-import os
+import errno
+import logging
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
+
+from pipeline.shards import whole_file
+
+log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -20,18 +27,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint under its name, whole."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with open(part, "wb") as file:
+        """Write a checkpoint under its name, whole. Raises ValueError when the disk is full."""
+        with whole_file(Path(path)) as file:
+            try:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+            except RuntimeError as error:  # torch's archive writer hides what the disk said
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
 
 def has_shape(key: str, value: Any) -> bool:
@@ -48,12 +51,66 @@ def check_names(held: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
         )
 
 
-def find_newest(directory: Path) -> Path | None:
-    """The checkpoint with the most steps, or None."""
+def numbered(directory: Path) -> list[Path]:
+    """The checkpoints of a folder, the one with the most steps first."""
     found = [
         (int(m[1]), p) for p in directory.glob("*.ckpt") if (m := re.search(r"(\d+)$", p.stem))
     ]
-    return max(found)[1] if found else None
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def find_newest(directory: Path) -> Path | None:
+    """The checkpoint with the most steps, or None."""
+    return next(iter(numbered(directory)), None)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's file: None for a zip archive whose checksums are right.
+
+    Price: reads it once. Raises ValueError when it cannot be read for another reason than damage.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.testzip()
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.ENOENT, errno.EINVAL, None):
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        return f"{type(error).__name__}: {error}"
+    except Exception as error:  # a wrong bit in a header makes zipfile raise almost anything
+        return f"{type(error).__name__}: {error}"
+    return None if member is None else f"{member} has a wrong checksum"
+
+
+def find_sound(directory: Path, *, set_aside: bool = False) -> Path | None:
+    """The newest checkpoint whose checksums are right; those passed over are named in the log.
+
+    set_aside: rename these to NAME.damaged, so that they neither count as the newest nor push out
+        a sound one.
+    None where there is no checkpoint. Raises ValueError where there are some and none is sound.
+    """
+    candidates, damaged = numbered(directory), []
+    for path in candidates:
+        wrong = damage(path)
+        if wrong is None:
+            for other in damaged if set_aside else ():
+                other.replace(other.with_name(f"{other.name}.damaged"))
+            return path
+        damaged.append(path)
+        log.warning("%s is damaged (%s): passed over", path, wrong)
+    if candidates:
+        raise ValueError(
+            f"{directory}: no checkpoint is sound, {', '.join(p.name for p in damaged)}: give one "
+            "back from a copy, or remove them to train from the first step"
+        )
+    return None
+
+
+def sweep(directory: Path) -> None:
+    """Remove what a killed run was writing: `.NAME.part` files of a run and its checkpoints."""
+    for folder in (directory, directory / "checkpoints"):
+        for part in folder.glob(".*.part"):
+            log.info("%s: left by a killed run, removed", part)
+            part.unlink(missing_ok=True)
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -71,6 +128,19 @@ class Checkpoints(pl.Callback):
             )
         self.directory, self.every_steps, self.keep = directory, every_steps, keep
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raises ValueError when ranks found other checkpoints: they would wait for each other."""
+        if trainer.world_size == 1:
+            return
+        step = torch.tensor([trainer.global_step, -trainer.global_step], device=pl_module.device)
+        dist.all_reduce(step, op=dist.ReduceOp.MAX)
+        last, first = int(step[0]), -int(step[1])
+        if last != first:
+            raise ValueError(
+                f"rank {trainer.global_rank} is at step {trainer.global_step}, ranks are at "
+                f"{first} to {last}: do all nodes see the same {self.directory}?"
+            )
+
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         step = trainer.global_step
         if step % self.every_steps and step != trainer.max_steps:
@@ -80,6 +150,8 @@ class Checkpoints(pl.Callback):
     def save(self, trainer: pl.Trainer) -> Path:
         """Write the step that has just ended; called on every rank."""
         path = self.directory / f"step-{trainer.global_step:08d}.ckpt"
+        for logger in trainer.loggers:
+            logger.save()  # rows up to here are not written again
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             for old in sorted(self.directory.glob("step-*.ckpt"))[: -self.keep]:

@@ -87,6 +87,7 @@ class ShardData(pl.LightningDataModule):
             **self.stream.state_at(done),
             "position": done,
             "pairs": len(self.stream),
+            "shards": self.stream.fingerprint(),
             "phase": self.phase.name,
         }
 
@@ -105,5 +106,12 @@ class ShardData(pl.LightningDataModule):
                 f"the checkpoint's data had {state['pairs']} pairs, data.shards has "
                 f"{len(self.stream)}: its order would be another; give those shards back, or the "
                 "run another name"
+            )
+        if self.stream is not None and state.get("shards", found := self.stream.fingerprint()) != (
+            found
+        ):
+            raise ValueError(
+                f"the checkpoint's data were as many pairs in other shards ({state['shards']}; "
+                f"data.shards has {found}): give those shards back, or the run another name"
             )
         self.state = state

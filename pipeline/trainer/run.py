@@ -3,7 +3,6 @@ trainer.
 """
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import lightning.pytorch as pl
 from hydra.errors import InstantiationException
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -21,93 +20,17 @@ from pipeline.config import build
 from pipeline.losses.objective import Objective
 from pipeline.models.freeze import freeze
 from pipeline.optim.groups import describe
-from pipeline.phases import Phase, flat, phases
+from pipeline.phases import Phase, phases
 from pipeline.shards import write_atomically
 from pipeline.tracking.metrics import MetricsFile
 from pipeline.trainer.attentive import module_class
 from pipeline.trainer.callbacks.progress import PairsProgress
-from pipeline.trainer.checkpoints import AtomicCheckpointIO, Checkpoints, find_newest, step_of
+from pipeline.trainer.checkpoints import AtomicCheckpointIO, Checkpoints, find_sound, step_of
+from pipeline.trainer.identity import claimed
 from pipeline.trainer.module import ContrastiveModule
 from pipeline.trainer.strategies.adapter import refuse_wrong_trainer
 
 log = logging.getLogger(__name__)
-
-# What may change when a run is continued: it changes speed or what is seen of the run, not its
-# result.
-OPERATIONAL = (
-    "micro_batch_size",
-    "max_skipped_steps",
-    "compile_towers",
-    "log_every_steps",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "recipe_info",
-    "init",  # read once, before the first step
-    "runs_dir",
-    "trainer",
-    "callbacks",
-    "tracking",
-    "data.workers",
-    "data.shards",  # may have moved; the number of pairs in it is compared with the checkpoint
-    "data.verify",
-    "data.cache",
-    "data.cache_gib",
-    "data.max_bad_fraction",
-)
-
-
-def run_directory(cfg: DictConfig) -> Path:
-    """runs_dir/name: never a timestamp, each rank would make its own."""
-    return Path(cfg.runs_dir) / cfg.name
-
-
-def without_phase(key: str) -> str:
-    """phases.tune.trainer.devices -> trainer.devices."""
-    return key.split(".", 2)[-1] if key.startswith("phases.") else key
-
-
-def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """A run's config as its directory keeps it: values for interpolations, phases whole."""
-    plan = phases(cfg)
-    if plan[0].name:
-        cfg = cfg.copy()
-        cfg.samples_seen = sum(phase.samples for phase in plan)
-        cfg.global_batch_size = plan[0].config.global_batch_size
-    ours = OmegaConf.to_container(cfg, resolve=True)
-    whole = {p.name: OmegaConf.to_container(p.config, resolve=True) for p in plan if p.name}
-    return ours | {"phases": whole}
-
-
-def claim(cfg: DictConfig, directory: Path) -> None:
-    """Leave the resolved config in the run directory, or compare with the one that is there.
-
-    Raises ValueError when the name belongs to a run with another config; the differing keys are
-    listed.
-    """
-    path, ours = directory / "config.yaml", resolved(cfg)
-    if path.exists():
-        # A key that an older version did not know had what is now its default.
-        schema = OmegaConf.structured(OmegaConf.get_type(cfg))
-        defaults = flat({k: schema[k] for k in schema if not OmegaConf.is_missing(schema, k)})
-        theirs, mine = defaults | flat(OmegaConf.to_container(OmegaConf.load(path))), flat(ours)
-        differing = [
-            f"  {key}: was {theirs.get(key)!r}, now {mine.get(key)!r}"
-            for key in sorted(theirs.keys() | mine.keys())
-            if theirs.get(key) != mine.get(key)
-            and not any(f"{without_phase(key)}.".startswith(f"{known}.") for known in OPERATIONAL)
-        ]
-        if differing:
-            raise ValueError(
-                f"{directory} is a run with another config; give a new name=..., or these values "
-                "back:\n" + "\n".join(differing)
-            )
-        return
-    if os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("SLURM_PROCID", "0") != "0":
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    OmegaConf.save(OmegaConf.create(ours), part)
-    os.replace(part, path)
 
 
 def make_module(phase: Phase, *, fresh: bool) -> ContrastiveModule:
@@ -280,14 +203,13 @@ def train_phase(phase: Phase, directory: Path, logger: list[Logger], newest: Pat
 
 
 def train(cfg: DictConfig) -> Path:
-    """Train, from the last checkpoint if there is one; returns the run directory."""
-    directory = run_directory(cfg)
-    claim(cfg, directory)
-    logger, plan = loggers(cfg), phases(cfg)
-    for phase in plan:
-        newest = find_newest(directory / "checkpoints")
-        if step_of(newest) < phase.end_step:
-            train_phase(phase, directory, logger, newest)
-        elif phase is plan[-1]:
-            log.info("nothing to do: all %d steps are done", phase.end_step)
+    """Train, from the last sound checkpoint if there is one; returns the run directory."""
+    with claimed(cfg) as (directory, ours):
+        logger, plan = loggers(cfg), phases(cfg)
+        for phase in plan:
+            newest = find_sound(directory / "checkpoints", set_aside=ours)
+            if step_of(newest) < phase.end_step:
+                train_phase(phase, directory, logger, newest)
+            elif phase is plan[-1]:
+                log.info("nothing to do: all %d steps are done", phase.end_step)
     return directory

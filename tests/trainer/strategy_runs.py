@@ -17,7 +17,8 @@ from pipeline.config import build, check
 from pipeline.losses.features import PairFeatures
 from pipeline.phases import phases
 from pipeline.trainer.checkpoints import find_newest
-from pipeline.trainer.run import claim, loggers, make_module, make_trainer, run_directory, train
+from pipeline.trainer.identity import claim, run_directory
+from pipeline.trainer.run import loggers, make_module, make_trainer, train
 
 WORDS = {
     "ddp": ["trainer=ddp"],

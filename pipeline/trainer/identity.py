@@ -1,0 +1,118 @@
+"""A name is one run: its directory, the config that it keeps, and what of that may change."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.phases import flat, phases
+from pipeline.shards import write_atomically
+from pipeline.trainer.checkpoints import sweep
+from pipeline.trainer.processes import alone, end_with_launcher, first_process
+
+# What may change when a run is continued: it changes speed or what is seen of the run, not its
+# result.
+OPERATIONAL = (
+    "micro_batch_size",
+    "max_skipped_steps",
+    "compile_towers",
+    "log_every_steps",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "recipe_info",
+    "init",  # read once, before the first step
+    "runs_dir",
+    "trainer",
+    "callbacks",
+    "tracking",
+    "data.workers",
+    "data.shards",  # may have moved; the number of pairs in it is compared with the checkpoint
+    "data.verify",
+    "data.cache",
+    "data.cache_gib",
+    "data.max_bad_fraction",
+)
+
+
+def run_directory(cfg: DictConfig) -> Path:
+    """runs_dir/name: never a timestamp, each rank would make its own."""
+    return Path(cfg.runs_dir) / cfg.name
+
+
+def without_phase(key: str) -> str:
+    """phases.tune.trainer.devices -> trainer.devices."""
+    return key.split(".", 2)[-1] if key.startswith("phases.") else key
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """A run's config as its directory keeps it: values for interpolations, phases whole."""
+    plan = phases(cfg)
+    if plan[0].name:
+        cfg = cfg.copy()
+        cfg.samples_seen = sum(phase.samples for phase in plan)
+        cfg.global_batch_size = plan[0].config.global_batch_size
+    ours = OmegaConf.to_container(cfg, resolve=True)
+    whole = {p.name: OmegaConf.to_container(p.config, resolve=True) for p in plan if p.name}
+    return ours | {"phases": whole}
+
+
+def kept_config(path: Path) -> dict[str, Any]:
+    """A run's config.yaml. Raises ValueError when it is not whole."""
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OSError, ValueError) as error:
+        config = error
+    if not isinstance(config, dict) or not config:
+        raise ValueError(
+            f"{path} is damaged: give it back from a copy, or remove it, and it is written anew "
+            f"from this command, which must then be the one that began the run ({config!r:.200})"
+        )
+    return config
+
+
+def claim(cfg: DictConfig, directory: Path) -> None:
+    """Leave the resolved config in the run directory, or compare with the one that is there.
+
+    Raises ValueError when the name belongs to a run with another config; the differing keys are
+    listed.
+    """
+    path, ours = directory / "config.yaml", resolved(cfg)
+    if path.exists():
+        # A key that an older version did not know had what is now its default.
+        schema = OmegaConf.structured(OmegaConf.get_type(cfg))
+        defaults = flat({k: schema[k] for k in schema if not OmegaConf.is_missing(schema, k)})
+        theirs, mine = defaults | flat(kept_config(path)), flat(ours)
+        differing = [
+            f"  {key}: was {theirs.get(key)!r}, now {mine.get(key)!r}"
+            for key in sorted(theirs.keys() | mine.keys())
+            if theirs.get(key) != mine.get(key)
+            and not any(f"{without_phase(key)}.".startswith(f"{known}.") for known in OPERATIONAL)
+        ]
+        if differing:
+            raise ValueError(
+                f"{directory} is a run with another config; give a new name=..., or these values "
+                "back:\n" + "\n".join(differing)
+            )
+        return
+    if not first_process():
+        return
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(ours)).encode())
+
+
+@contextmanager
+def claimed(cfg: DictConfig) -> Iterator[tuple[Path, bool]]:
+    """The run directory of a config, tidied up, for as long as this process trains in it.
+
+    Gives the directory, and whether this process may change what is in it (see `alone`).
+    Raises ValueError when another process trains there, or it is the run of another config.
+    """
+    directory = run_directory(cfg)
+    end_with_launcher()
+    with alone(directory) as ours:
+        if ours:
+            sweep(directory)
+        claim(cfg, directory)
+        yield directory, ours
