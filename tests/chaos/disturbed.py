@@ -91,6 +91,12 @@ class Disturbed:
 
     def go(self) -> None:
         """All faults, and then to the end."""
+        self.live()
+        for one in self.struck:  # at the last step, or nobody looked any more
+            one.seconds = one.seconds or time.monotonic() - one.since
+
+    def live(self) -> None:
+        """Strike and start again; a run that is at its end before a fault's step is done."""
         targets = sorted(self.draw.randint(fault.first, fault.last) for fault in self.faults)
         life: Life | None = None
         for fault, target in zip(self.faults, targets, strict=True):
@@ -111,8 +117,6 @@ class Disturbed:
             time.sleep(0.01)
         code = life.wait()
         assert code == 0, f"exit code {code}:\n{life.said()[-2000:]}"
-        for one in self.struck:  # at the last step, or nobody looked any more
-            one.seconds = one.seconds or time.monotonic() - one.since
 
     def strike(self, fault: Fault, life: Life) -> Life | None:
         """One fault and what follows; gives the life that goes on, if one does."""

@@ -22,8 +22,8 @@ class Preemption(pl.Callback):
     """signals: names that end the run early, e.g. SLURM's --signal=USR1@300 and its TERM.
 
     A signal to one process is enough: the ranks agree after each step. What remains of the step and
-    one checkpoint's writing is the time it takes; then every process exits with code 75, and the
-    same command continues to the same bits. Before the first step a signal ends the process as
+    one checkpoint's writing is the time it takes; then all processes end, rank 0 with code 75, and
+    the same command continues to the same bits. Before the first step a signal ends the process as
     ever.
     Price: one all-reduce of a number a step.
     """
@@ -49,7 +49,7 @@ class Preemption(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        """Raises SystemExit(75) on every rank after a step in which one of them got a signal."""
+        """Raises SystemExit on all ranks, once one of them has got a signal; rank 0 with code 75."""
         asked = self.received is not None
         if trainer.world_size > 1:
             flag = torch.tensor([float(asked)], device=pl_module.device)
@@ -67,7 +67,8 @@ class Preemption(pl.Callback):
                 path,
                 TEMPORARY_FAILURE,
             )
-        raise SystemExit(TEMPORARY_FAILURE)
+        # not every rank: srun --kill-on-bad-exit would end those that are not yet done
+        raise SystemExit(TEMPORARY_FAILURE if trainer.is_global_zero else 0)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self.before.items():
