@@ -3,7 +3,7 @@
 #
 #   slurm/chain.sh [SBATCH OPTION ...] -- recipe=R name=N data.shards=DIR ... -- eval=emoji ... -- format=open_clip ...
 #
-# sbatch's options (--nodes, --ntasks-per-node, --gpus-per-node, --time, --partition) are the training's and, as far as they apply, the
+# sbatch's options, written --KEY=VALUE (--nodes, --ntasks-per-node, --gpus-per-node, --time, --partition) are the training's and, as far as they apply, the
 # evaluation's; the export is one task. runs_dir and name give run=..., out=runs/N/export unless it is given. Prints a line a job.
 # A training that is queued again keeps its job id, so what depends on it waits.
 set -euo pipefail
@@ -35,7 +35,7 @@ out=$(value_of out "${export[@]}")
 [ -n "$out" ] || export+=("out=$run/export")
 one=() # of the options, those that one task can have
 for option in "${options[@]}"; do
-  case $option in --nodes=* | --ntasks-per-node=* | --gpus-per-node=* | --ntasks=*) ;; *) one+=("$option") ;; esac
+  case $option in --nodes=* | --ntasks-per-node=* | --gpus-per-node=* | --ntasks=* | --gpus=* | --gres=* | -N* | -n*) ;; *) one+=("$option") ;; esac
 done
 
 submit() { # submit WHAT AFTER FILE WORD... with sbatch's options in the array `given`

@@ -49,7 +49,7 @@ class Preemption(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        """Raises SystemExit on all ranks, once one of them has got a signal; rank 0 with code 75."""
+        """Raises SystemExit on all ranks, once one has got a signal; rank 0 with code 75."""
         asked = self.received is not None
         if trainer.world_size > 1:
             flag = torch.tensor([float(asked)], device=pl_module.device)
