@@ -128,6 +128,22 @@ class ExportConfig:
 
 
 @dataclass
+class ReportConfig:
+    """`python -m pipeline.report`: a run -> report.html in its folder."""
+
+    run: str = MISSING
+
+
+@dataclass
+class DashboardConfig:
+    """`python -m pipeline.dashboard`: our panels -> a W&B project."""
+
+    entity: str = MISSING  # user or team
+    project: str = "pairwright"
+    runs: list[str] = field(default_factory=list)  # names of the report's runs; none: all
+
+
+@dataclass
 class CurateConfig:
     """`python -m curation.run [explain|plan]`: ingest -> annotate -> select -> pack."""
 
@@ -154,6 +170,8 @@ ROOTS = {
     "train_captioner": TrainCaptionerConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
+    "report": ReportConfig,
+    "dashboard": DashboardConfig,
     "curate": CurateConfig,
 }
 COLLECTIONS = {
@@ -164,7 +182,7 @@ COLLECTIONS = {
     "annotate",
     "select",
 }  # components keyed by name
-PLAIN = {"loss_weights", "recipe_info", "order", "frozen"}  # values, not components
+PLAIN = {"loss_weights", "recipe_info", "order", "frozen", "runs"}  # values, not components
 ELSEWHERE = {"phases", "every_phase"}  # checked as the configs that they make
 
 for _name, _schema in ROOTS.items():

@@ -45,6 +45,8 @@ FLOORS = {
     "pipeline.evaluate": 4,
     "pipeline.export": 4,
     "pipeline.check": 4,
+    "pipeline.report": 4,
+    "pipeline.dashboard": 4,
     "curation.run": 4,
 }
 # library -> the lowest floor that may import it
@@ -87,6 +89,7 @@ NEIGHBOURS = {
     ("curation.explain", "curation.selection"),
     ("curation.annotate", "curation.metadata"),  # matching knows how an entry list is spelled
     ("pipeline.trainer", "pipeline.tracking"),
+    ("pipeline.trainer", "pipeline.cost"),
     ("pipeline.train", "pipeline.check"),  # the command counts its processes as the check does
     ("pipeline.train_captioner", "pipeline.check"),
     # curation meets pipeline's edges below it: pictures are decoded the same way everywhere

@@ -18,7 +18,8 @@ from pipeline.models.freeze import freeze
 from pipeline.models.views import VIEWS, Teacher, ViewsCLIP
 from pipeline.phases import Phase
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12}  # bf16 without sparsity, the vendor's figures
+# bf16 without sparsity, the vendor's figures
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12}
 HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 # What is cut into pieces over the processes: weights, gradients, optimizer state.
 STRATEGIES = {
@@ -82,6 +83,12 @@ class PhaseCost:
             + self.loss_flops_per_pair
             + self.wide_flops
         )
+
+    @property
+    def model_flops_per_pair(self) -> float:
+        """Forward and backward alone, what MFU counts: nothing that is computed twice."""
+        towers = sum(t.flops * (1 + 2 * (t.trained > 0)) for t in (self.image, self.text))
+        return towers + self.loss_flops_per_pair + self.wide_flops
 
     @property
     def loss_flops_per_pair(self) -> int:

@@ -4,6 +4,7 @@ maths.
 
 import hashlib
 import logging
+import resource
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -74,6 +75,13 @@ def step_noise(seed: int, step: int, pairs: int, tokens: int, *, what: str = "to
     return torch.rand(pairs, tokens, generator=source)
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the device's allocations at their highest, of a CPU's process everything it held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 class ContrastiveModule(pl.LightningModule):
     """One optimizer step per batch, by hand: Lightning's automatic mode knows one backward a step.
 
@@ -122,6 +130,8 @@ class ContrastiveModule(pl.LightningModule):
         self.bad_records = 0
         self.waited = self.worked = 0.0
         self.mark = 0.0
+        # of a pair's forward and backward, and of a device: see callbacks/utilisation.py
+        self.flops_per_pair, self.peak_flops = 0.0, None
 
     def configure_model(self) -> None:
         """Compile and cut, where that is asked for, before the optimizer sees parameters."""
@@ -184,6 +194,12 @@ class ContrastiveModule(pl.LightningModule):
             session=self.strategy.session,
         )
         self.mark = time.perf_counter()
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Patches that the image tower sees in training."""
+        patches = self.model.image.num_tokens
+        return patches if self.image_tokens is None else self.image_tokens.num_kept(patches)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Where gradients are unscaled, in every precision.
@@ -249,10 +265,13 @@ class ContrastiveModule(pl.LightningModule):
             samples_seen=self.phase.samples_at(step),
             last_good=partial(newest_of, self.trainer),
         )
-        self.mark = time.perf_counter()
-        self.worked += self.mark - started
+        self.worked += time.perf_counter() - started
         if step % self.log_every_steps == 0 or step in (1, self.trainer.max_steps):
             self.write(logged, grad_norm, optimizer.param_groups[0]["lr"], step)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        # After all callbacks: an evaluation or a checkpoint is neither work nor waiting for data.
+        self.mark = time.perf_counter()
 
     def write(self, logged: Mapping[str, Tensor], grad_norm: float, lr: float, step: int) -> None:
         """One row for every logger, keys as on the dashboard, x-axis samples_seen."""
@@ -271,11 +290,14 @@ class ContrastiveModule(pl.LightningModule):
         row |= {
             "perf/pairs_per_second": steps * self.global_batch_size / max(elapsed, 1e-9),
             "perf/data_wait_fraction": self.waited / max(elapsed, 1e-9),
+            "perf/peak_memory_gib": peak_memory(self.device) / 2**30,
+            "perf/tokens_per_image": self.tokens_per_image,
             "data/bad_records": self.bad_records,
             "samples_seen": self.phase.samples_at(step),
         }
-        if self.device.type == "cuda":
-            row["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        if self.peak_flops is not None:
+            rate = row["perf/pairs_per_second"] * self.flops_per_pair
+            row["perf/mfu"] = rate / (self.peak_flops * self.trainer.world_size)
         self.waited = self.worked = 0.0
         self.last_logged = row
         for logger in self.loggers:

@@ -26,7 +26,7 @@ from pipeline.tracking.metrics import MetricsFile
 from pipeline.trainer.attentive import module_class
 from pipeline.trainer.callbacks.progress import PairsProgress
 from pipeline.trainer.checkpoints import AtomicCheckpointIO, Checkpoints, find_sound, step_of
-from pipeline.trainer.identity import claimed
+from pipeline.trainer.identity import claimed, resolved
 from pipeline.trainer.module import ContrastiveModule
 from pipeline.trainer.strategies.adapter import refuse_wrong_trainer
 
@@ -206,6 +206,8 @@ def train(cfg: DictConfig) -> Path:
     """Train, from the last sound checkpoint if there is one; returns the run directory."""
     with claimed(cfg) as (directory, ours):
         logger, plan = loggers(cfg), phases(cfg)
+        for one in logger:
+            one.log_hyperparams(resolved(cfg))
         for phase in plan:
             newest = find_sound(directory / "checkpoints", set_aside=ours)
             if step_of(newest) < phase.end_step:

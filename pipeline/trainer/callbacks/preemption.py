@@ -55,7 +55,7 @@ class Preemption(pl.Callback):
             flag = torch.tensor([float(asked)], device=pl_module.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             asked = bool(flag.item())
-        if not asked or trainer.global_step >= trainer.max_steps:
+        if not asked:
             return
         checkpoints = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
         path = checkpoints.save(trainer)
