@@ -2,7 +2,8 @@
 
 classnames.txt                           one class a line; the line number is the label
 zeroshot_classification_templates.txt    one prompt a line, "{c}" stands for the class name
-<split>/nshards.txt, <split>/0.tar ...   members KEY.webp|jpg|jpeg|png and KEY.cls (the label)
+<split>/nshards.txt, <split>/0.tar ...   members KEY.webp|jpg|jpeg|png and KEY.cls (the label), or,
+                                         in a retrieval set, KEY.txt (a caption a line)
 """
 
 import tarfile
@@ -38,12 +39,24 @@ class LabelledImages:
         num_classes = len(self.class_names())
         for number in range(int(self._lines(f"{self.split}/nshards.txt")[0])):
             shard = self._existing(f"{self.split}/{number}.tar")
-            for key, image, label in _pairs(shard):
+            for key, image, text in _pairs(shard, "cls"):
+                label = int(text)
                 if not 0 <= label < num_classes:
                     raise ValueError(
                         f"{shard}: {key}.cls is {label}, but {CLASS_NAMES} has {num_classes} lines"
                     )
                 yield image, label
+
+    def captioned(self) -> Iterator[tuple[bytes, list[str]]]:
+        """(image bytes, its captions) of a retrieval set: KEY.txt has one caption a line."""
+        for number in range(int(self._lines(f"{self.split}/nshards.txt")[0])):
+            shard = self._existing(f"{self.split}/{number}.tar")
+            for key, image, text in _pairs(shard, "txt"):
+                lines = text.decode("utf-8", errors="replace").splitlines()
+                captions = [line.strip() for line in lines if line.strip()]
+                if not captions:
+                    raise ValueError(f"{shard}: {key}.txt has no caption")
+                yield image, captions
 
     def _existing(self, name: str) -> Path:
         path = self.directory / name
@@ -68,21 +81,21 @@ def prompt(template: str, class_name: str) -> str:
     return template.replace("{c}", class_name)
 
 
-def _pairs(shard: Path) -> Iterator[tuple[str, bytes, int]]:
-    """(key, image, label) of a tar; the two members of a key may come in either order."""
+def _pairs(shard: Path, suffix_of_text: str) -> Iterator[tuple[str, bytes, bytes]]:
+    """(key, image, text) of a tar; the two members of a key may come in either order."""
     waiting: dict[str, dict[str, bytes]] = {}
     with tarfile.open(shard) as tar:
         for member in tar:
             key, dot, suffix = member.name.rpartition(".")
             kind = "image" if dot + suffix.lower() in IMAGE_SUFFIXES else suffix
-            if not member.isfile() or kind not in ("image", "cls"):
+            if not member.isfile() or kind not in ("image", suffix_of_text):
                 continue
             content = tar.extractfile(member)
             assert content is not None  # isfile()
             found = waiting.setdefault(key, {})
             found[kind] = content.read()
             if len(found) == 2:
-                yield key, found["image"], int(found["cls"])
+                yield key, found["image"], found[suffix_of_text]
                 del waiting[key]
     if waiting:
         key, found = next(iter(waiting.items()))

@@ -6,14 +6,15 @@ Letters: I distinct images, T distinct captions, P pairs.
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pipeline.evals.labelled_images import LabelledImages, prompt
+from pipeline.evals.labelled_images import CLASS_NAMES, LabelledImages, prompt
 from pipeline.evals.ranking import ranks, recall
 from pipeline.evals.task import Embedder
-from pipeline.shards import records
+from pipeline.shards import Record, records
 
 CHUNK = 1024  # queries scored at once: similarity to 100,000 candidates is 0.4 GiB
 
@@ -21,8 +22,9 @@ CHUNK = 1024  # queries scored at once: similarity to 100,000 candidates is 0.4 
 class Retrieval:
     """Recall at 1, 5 and 10 in both directions.
 
-    data: a shards directory of ours (image and primary caption of each record), or a labelled set
-        in CLIP_benchmark's layout (the caption is the class name in the first template).
+    data: a shards directory of ours, or a set in CLIP_benchmark's layout: a retrieval set (KEY.txt
+        has one caption a line), or a labelled one (the class name in the first template).
+    captions: of our shards, the "primary" one of each record, or "all".
     max_pairs: only the first so many pairs; recall falls with the number of candidates, so numbers
         over different numbers of pairs do not compare.
     The same image bytes, or the same caption, in several pairs is one item with several right
@@ -30,8 +32,17 @@ class Retrieval:
     """
 
     def __init__(
-        self, *, data: str, split: str = "test", max_pairs: int | None = None, batch_size: int = 256
+        self,
+        *,
+        data: str,
+        split: str = "test",
+        captions: Literal["primary", "all"] = "primary",
+        max_pairs: int | None = None,
+        batch_size: int = 256,
     ) -> None:
+        if captions not in ("primary", "all"):
+            raise ValueError(f"captions={captions!r}: 'primary' or 'all'")
+        self.captions = captions
         self.data = Path(data)
         self.split = split
         self.max_pairs = max_pairs
@@ -54,13 +65,25 @@ class Retrieval:
         """(image bytes, caption)."""
         if (self.data / "manifest.json").exists():
             for record in records(self.data):
-                yield record.image, record.caption
+                for caption in self._captions_of(record):
+                    yield record.image, caption
             return
         labelled = LabelledImages(self.data, self.split)
+        if not (self.data / CLASS_NAMES).exists():
+            for image, captions in labelled.captioned():
+                for caption in captions:
+                    yield image, caption
+            return
         template = labelled.templates()[0]
         captions = [prompt(template, name) for name in labelled.class_names()]
         for image, label in labelled.samples():
             yield image, captions[label]
+
+    def _captions_of(self, record: Record) -> list[str]:
+        if self.captions == "primary":
+            return [record.caption]
+        others = [entry["text"] for entry in record.info.get("captions", []) if entry.get("text")]
+        return list(dict.fromkeys([record.caption, *others]))
 
 
 def distinct(pairs: Iterable[tuple[bytes, str]]) -> tuple[list[bytes], list[str], Tensor]:

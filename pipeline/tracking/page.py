@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.shards import read_manifest, write_atomically
@@ -176,6 +177,7 @@ def draw(rows: Rows, panels: Sequence[tuple[Panel, list[str]]]) -> Figure:
             axis.set_yscale("log")
         axis.set_title(panel.title + (f", {panel.unit}" if panel.unit else ""), fontsize=10)
         axis.set_xlabel("pairs seen", fontsize=8)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         if len(keys) > 1:

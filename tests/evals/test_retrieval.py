@@ -1,5 +1,7 @@
 """Recall in both directions, by hand."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from torch.nn.functional import normalize
 
 from pipeline.evals import retrieval
 from pipeline.evals.retrieval import Retrieval, distinct, places_of, retrieval_metrics
-from pipeline.shards import Record, write_manifest, write_shard
+from pipeline.shards import Record, content_uid, write_manifest, write_shard
 
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji" / "eval"
 
@@ -97,3 +99,43 @@ def test_an_empty_set(tmp_path):
     write_manifest(tmp_path, {"num_samples": 0, "shards": [], "steps": []})
     with pytest.raises(ValueError, match="no pairs"):
         Retrieval(data=str(tmp_path)).run(ByLength())
+
+
+def test_five_thousand_images_and_five_captions_each_fit(root):
+    """5,000 x 25,000 with D = 512: the whole similarity, twice with ranks, would be 4 GiB."""
+    program = (
+        "import resource, torch\n"
+        "from torch.nn.functional import normalize\n"
+        "from pipeline.evals.retrieval import places_of\n"
+        "images, texts = torch.randn(5000, 512), torch.randn(25000, 512)\n"
+        "own = torch.arange(25000) // 5\n"
+        "texts += images[own]\n"
+        "images, texts = normalize(images, dim=-1), normalize(texts, dim=-1)\n"
+        "pairs = torch.stack([own, torch.arange(25000)], dim=1)\n"
+        "there = places_of(images, texts, pairs)\n"
+        "back = places_of(texts, images, pairs.flip(1))\n"
+        "assert len(there) == 5000 and len(back) == 25000\n"
+        "assert (there == 0).float().mean() > 0.99\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 4
+
+
+def test_all_captions_of_a_record(tmp_path, make_picture):
+    made = []
+    for number in range(4):
+        image = make_picture(number)
+        info = {"captions": [{"text": f"own {number}"}, {"text": f"other {number}"}, {"text": ""}]}
+        uid = content_uid(image, f"own {number}")
+        made.append(Record(uid, image, "png", f"own {number}", {"uid": uid, **info}))
+    entry = write_shard(tmp_path, "shard-000000", made)
+    write_manifest(tmp_path, {"num_samples": 4, "shards": [entry], "steps": []})
+    assert len(list(Retrieval(data=str(tmp_path)).pairs())) == 4
+    pairs = list(Retrieval(data=str(tmp_path), captions="all").pairs())
+    assert len(pairs) == 8 and {caption for _, caption in pairs} >= {"own 1", "other 1"}
+    with pytest.raises(ValueError, match="'primary' or 'all'"):
+        Retrieval(data=str(tmp_path), captions="each")
