@@ -4,8 +4,9 @@ Layouts: Parquet with image bytes (Hugging Face's `image: {bytes, path}` beside 
 tars of img2dataset,
 DataComp or our own (`key.jpg|png|webp`, `key.txt` and/or `key.json`). Image bytes stay where they
 are: a row of the
-result tells where to find them. One pool file -> one Parquet file of rows + the counts of what was
-read and rejected.
+result tells where to find them. Where a pool has neither: pictures beside .txt files or under a
+metadata table (curation/loose.py). One pool file -> one Parquet file of rows + the counts of what
+was read and rejected.
 """
 
 import json
@@ -23,6 +24,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
+from curation.loose import (
+    is_loose,
+    loose_files,
+    loose_identity,
+    loose_images,
+    read_picture,
+    rows_of,
+)
 from pipeline.data.images import FORMATS, BadImage, open_image, to_rgb
 from pipeline.shards import BLOCK, content_uid
 
@@ -68,6 +77,8 @@ def location(name: str | Path) -> Path:
 def identity(file: Path) -> dict[str, Any]:
     """What changes when a pool file does: its size and its time, or the store's own tag of it."""
     if isinstance(file, Path):
+        if is_loose(file):
+            return loose_identity(file)
         stat = file.stat()
         return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     info = file.fs.info(file.path)
@@ -82,10 +93,13 @@ def pool_files(pool: str | Path) -> list[Path]:
     # img2dataset writes a Parquet file of metadata beside each tar: those hold no images
     files += sorted(p for p in root.rglob("*.parquet") if not p.with_suffix(".tar").exists())
     files = [f for f in files if not f.name.startswith(".") and f.name != "rejected.parquet"]
+    if not files and isinstance(root, Path):
+        files = loose_files(root)
     if not files:
         raise ValueError(
-            f"pool={pool}: no *.parquet with image bytes and no *.tar below it "
-            "(layouts: Hugging Face Parquet, img2dataset, DataComp, our own shards)"
+            f"pool={pool}: no *.parquet with image bytes, no *.tar and no pictures below it "
+            "(layouts: Hugging Face Parquet, img2dataset, DataComp, our own shards; pictures "
+            "beside captions of the same name, or under metadata.csv, .tsv or .jsonl)"
         )
     return files
 
@@ -187,6 +201,9 @@ def read_samples(file: Path, *, caption_column: str = "caption") -> Iterator[Raw
     """Every sample of one pool file, readable or not, in the file's order."""
     if file.suffix == ".parquet":
         yield from _parquet_samples(file, caption_column)
+    elif is_loose(file):
+        for row, (key, picture, caption, problem) in enumerate(rows_of(file, caption_column)):
+            yield RawSample(key, row, read_picture(picture), caption, problem=problem)
     else:
         yield from _tar_samples(file)
 
@@ -310,6 +327,9 @@ def _group(key: str, members: dict[str, tuple[bytes, int]]) -> RawSample:
 
 def read_images(file: Path, rows: list[int], sizes: list[int]) -> Iterator[bytes]:
     """Image bytes of ingested rows of one pool file, in the given (ascending) order of `row`."""
+    if is_loose(file):
+        yield from loose_images(file, rows)
+        return
     with file.open("rb") as stream:
         if file.suffix == ".tar":
             for row, size in zip(rows, sizes, strict=True):

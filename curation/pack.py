@@ -193,6 +193,11 @@ def spool_images(pool: Pool, selection: Selection, file: str, spool: Path) -> No
             sink.write(image)
 
 
+def is_decoded(path: str) -> bool:
+    """Whether an image is not a piece of the file at an offset: Parquet, tables, folders."""
+    return not path.endswith((".tar", ".spool"))
+
+
 def pack_shard(
     pool: Pool,
     selection: Selection,
@@ -223,11 +228,11 @@ def shard_records(
     files: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         images: Any = None
-        if any(path.endswith(".parquet") for path in set(paths)):
+        if any(is_decoded(path) for path in set(paths)):
             images = stack.enter_context(_decoded(part, paths, offsets, spools))
         for position, row in enumerate(_rows(part)):
             path, offset = paths[position], offsets[position]
-            if path.endswith(".parquet"):
+            if is_decoded(path):
                 image = images(position)
             else:
                 if path not in files:
@@ -241,10 +246,10 @@ def shard_records(
 
 @contextlib.contextmanager
 def _decoded(part: pa.Table, paths: list[str], rows: list[int], spools: Path) -> Iterator[Any]:
-    """Images of Parquet files by position, when no exchange was worth it: a spool on disk."""
+    """Images of files that are decoded by position, when no exchange was worth it: a spool on disk."""
     sizes, where = part["num_bytes"].to_pylist(), {}
     with tempfile.TemporaryFile(dir=spools) as spool:
-        for path in sorted({path for path in paths if path.endswith(".parquet")}):
+        for path in sorted({path for path in paths if is_decoded(path)}):
             mine = sorted((rows[i], i) for i, other in enumerate(paths) if other == path)
             images = read_images(location(path), [r for r, _ in mine], [sizes[i] for _, i in mine])
             for (_, position), image in zip(mine, images, strict=True):

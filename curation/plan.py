@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from rich.table import Table
 
-from curation.ingest import read_samples
+from curation.ingest import identity, read_samples
 from curation.pool import Facts, Pool, images_of
 
 WARM_UP = 16  # pairs annotated before the clock starts
@@ -45,14 +45,14 @@ def pool_size(pool: Pool) -> tuple[int, bool]:
                 pairs += pq.read_metadata(stream).num_rows
         else:
             if not per_byte:
-                per_byte = sum(1 for _ in read_samples(file)) / max(file.stat().st_size, 1)
-            pairs, counted = pairs + round(per_byte * file.stat().st_size), False
+                per_byte = sum(1 for _ in read_samples(file)) / max(identity(file)["bytes"], 1)
+            pairs, counted = pairs + round(per_byte * identity(file)["bytes"]), False
     return pairs, counted
 
 
 def ingest_cost(pool: Pool) -> Cost:
     """Ingest of the smallest pool file, as a whole."""
-    file = min(pool.files, key=lambda path: path.stat().st_size)
+    file = min(pool.files, key=lambda path: identity(path)["bytes"])
     start = time.perf_counter()
     counts = pool.ingest.run(file)[2]
     seconds = time.perf_counter() - start

@@ -125,6 +125,9 @@ class ExportConfig:
     checkpoint: str | None = None
     weights: str = "trained"  # trained | ema: the run's moving average
     format: Any = MISSING
+    license: str | None = None  # of the weights, for the card: apache-2.0, cc-by-4.0, other ...
+    push_to: str | None = None  # USER/NAME on the Hugging Face hub
+    private: bool = True  # of a new repository there
 
 
 @dataclass

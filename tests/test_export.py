@@ -14,11 +14,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPModel,
+    CLIPProcessor,
+)
 
 from pipeline.data.images import ImageTransform
 from pipeline.data.tokenizer import BpeTokenizer, clean_caption, train_bpe
@@ -389,6 +397,75 @@ def test_the_command_writes_what_it_says(run, tmp_path):
     config = json.loads((written / "open_clip_config.json").read_text())
     assert config["model_cfg"]["vision_cfg"]["head_width"] == 8
     assert set(config["preprocess_cfg"]) == {"mean", "std", "interpolation", "resize_mode"}
+
+
+def test_auto_classes_give_our_logits_from_a_picture_and_a_string(small_bpe, tmp_path):
+    trained = make(small_bpe)
+    Transformers().write(trained, tmp_path)
+    model, processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    assert type(model).__name__ == "CLIPModel" and type(processor).__name__ == "CLIPProcessor"
+    pictures = [picture(48, 48, seed=1), picture(64, 48, seed=2)]
+    texts = ["a red panda", "eating"]
+    given = processor(
+        text=texts,
+        images=[Image.open(io.BytesIO(data)) for data in pictures],
+        return_tensors="pt",
+        padding=True,
+    )
+    with torch.no_grad():
+        theirs = model(**given).logits_per_image
+        scale = trained.model.logit_scale
+    ours = scale * trained.image_embed(pictures) @ trained.text_embed(texts).T
+    assert ours.std() > 1e-2
+    torch.testing.assert_close(theirs, ours, atol=1e-5 * float(scale), rtol=0)
+
+
+def test_the_card_is_filled_from_the_run(run, tmp_path):
+    config = OmegaConf.load(run / "config.yaml")
+    entry = write_shard(tmp_path / "shards", "shard-000000", [])
+    step = {"name": "balance", "read": 1200, "kept": 1000, "dropped": {"head": 200}}
+    write_manifest(tmp_path / "shards", {"num_samples": 1000, "shards": [entry], "steps": [step]})
+    more = {"name": "first", "data": {"shards": str(tmp_path / "shards")}, "seed": 3}
+    more |= {"samples_seen": 25600, "recipe_info": {"source": "ours | a|b"}}
+    OmegaConf.save(OmegaConf.merge(config, more), run / "config.yaml")
+    (run / "eval").mkdir()
+    (run / "eval" / "zero_shot.json").write_text(
+        json.dumps({"metrics": {"eval/zero_shot/top1": 0.125}})
+    )
+    (run / "metrics.jsonl").write_text('{"perf/pairs_per_second": 1000.0}\n{"torn')
+    for kind in ("open_clip", "transformers"):
+        out = tmp_path / kind
+        done = command(tmp_path, f"run={run}", f"format={kind}", f"out={out}", "license=cc-by-4.0")
+        assert done.returncode == 0, done.stderr
+        card = ModelCard.load(out / "README.md")
+        assert card.data.library_name == kind and card.data.license == "cc-by-4.0"
+        assert card.data.pipeline_tag == "zero-shot-image-classification"
+        text = card.text
+        for words in (
+            "# first",
+            "| balance | 1,200 | 1,000 | head 200 |",
+            "zero_shot/top1 | 0.1250",
+        ):
+            assert words in text, words
+        for words in ("25,600", "a\\|b", "1,000", "import", "sha256"):
+            assert words in text, words
+        load = text.partition("```python\n")[2].partition("```")[0]
+        compile(load, "card", "exec")  # what it says is Python
+    without = command(tmp_path, f"run={run}", "format=open_clip", "out=other")
+    assert without.returncode == 0
+    assert "not stated: ask whoever trained it" in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_a_hub_that_cannot_be_reached_loses_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "0" * 30)
+    words = (f"run={run}", "format=transformers", "out=out", "push_to=someone/model")
+    done = command(tmp_path, *words)
+    assert done.returncode == 2, done.stderr
+    assert "push_to=someone/model" in done.stderr and "The export is whole in out" in done.stderr
+    assert "hf_0" not in done.stdout + done.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_the_command_names_what_is_missing(run, tmp_path):

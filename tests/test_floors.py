@@ -25,6 +25,7 @@ FLOORS = {
     "curation.engine": 2,
     "curation.engines": 2,
     "curation.ingest": 2,
+    "curation.loose": 2,
     "curation.pool": 2,
     "pipeline.trainer": 3,
     "pipeline.tracking": 3,
@@ -76,6 +77,7 @@ ONLY = {1: {"torch", "numpy"}}
 NEIGHBOURS = {
     ("pipeline.evals", "pipeline.data"),  # an evaluation embeds what the data room decodes
     ("curation.pool", "curation.ingest"),
+    ("curation.ingest", "curation.loose"),
     ("curation.pool", "curation.engine"),
     ("curation.engine", "curation.engines"),
     ("curation.engines", "curation.engine"),

@@ -39,6 +39,14 @@ ABLE_TEXT = {"causal": [False], "pooling": ["first", "last"], "eot_id": None, **
 class OpenClip:
     """A directory for open_clip's "local-dir:" names (open_clip >= 2.31), tokenizer included."""
 
+    library = "open_clip"
+    how_to_load = """
+import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:DIRECTORY")
+tokenizer = open_clip.get_tokenizer("local-dir:DIRECTORY")
+"""
+
     def write(self, trained: TrainedClip, out: Path) -> None:
         """Write it to `out`. Raises ValueError if open_clip cannot express the model.
 

@@ -28,6 +28,14 @@ ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_py
 class Transformers:
     """A directory for `CLIPModel.from_pretrained`, with its tokenizer and image processor."""
 
+    library = "transformers"
+    how_to_load = """
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("DIRECTORY")
+processor = AutoProcessor.from_pretrained("DIRECTORY")
+"""
+
     def write(self, trained: TrainedClip, out: Path) -> None:
         """Write it to `out`. Raises ValueError if CLIPModel cannot express the model.
 
