@@ -6,7 +6,7 @@ TESTS ?= 2
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-all test-engines chaos lint env peer engines clean
+.PHONY: demo test test-all test-engines chaos fuzz lint env peer engines clean
 
 demo: env ## the whole pipeline on the sample pool; look at runs/demo/index.html
 	examples/emoji/run.sh
@@ -19,6 +19,9 @@ test-all: env ## everything that this machine can run
 
 chaos: env ## a hundred faults to real training runs; the table of docs/reliability.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.soak --faults $(or $(FAULTS),100) --page docs/reliability.md
+
+fuzz: env ## a million broken and hostile inputs to every reader
+	FUZZ_INPUTS=$(or $(INPUTS),1000000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/fuzz
 
 test-engines: env ## curation on a real SLURM and a real Ray of this machine, where they are installed
 	$(BIN)/python -m pytest -m "slurm or ray"

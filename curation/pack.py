@@ -246,7 +246,7 @@ def shard_records(
 
 @contextlib.contextmanager
 def _decoded(part: pa.Table, paths: list[str], rows: list[int], spools: Path) -> Iterator[Any]:
-    """Images of files that are decoded by position, when no exchange was worth it: a spool on disk."""
+    """Images of files decoded by position, when no exchange was worth it: a spool on disk."""
     sizes, where = part["num_bytes"].to_pylist(), {}
     with tempfile.TemporaryFile(dir=spools) as spool:
         for path in sorted({path for path in paths if is_decoded(path)}):

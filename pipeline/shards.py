@@ -16,6 +16,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ import pyarrow.parquet as pq
 
 FORMAT = "pairwright-shards-1"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
+SHARD_NAME = re.compile(r"[^/\\\0]*[^/\\\0.][^/\\\0]*")  # a file of the directory, not `..`
 BLOCK = 512  # a tar block
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, file size limit
 CAPTION = pa.struct(
@@ -210,15 +212,35 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
             f"{directory}: no manifest.json, so this is no finished dataset of ours; make one with "
             f"`python -m curation.run pool={directory} out=SHARDS dataset=raw`"
         )
-    manifest = json.loads(path.read_text())
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no JSON ({error}); copy it again") from error
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT:
+        raise ValueError(f"{path}: format {version!r}, this version reads {FORMAT}")
+    for key in ("shards", "steps"):
+        if not isinstance(manifest.get(key), list):
+            raise ValueError(f"{path}: no list of {key}; copy it again")
+    for shard in manifest["shards"]:
+        _refuse_entry(shard, path)
     return manifest
+
+
+def _refuse_entry(shard: Any, path: Path) -> None:
+    """An entry of a stranger's manifest names a file beside it, and counts."""
+    name, count = (
+        (shard.get("name"), shard.get("num_samples")) if isinstance(shard, dict) else (None, None)
+    )
+    if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
+        raise ValueError(f"{path}: {name!r} is no name of a shard in this directory")
+    if not isinstance(count, int) or not 0 <= count < 2**53:
+        raise ValueError(f"{path}: {name} has num_samples {count!r}, need a count")
 
 
 class Shard:
     """Random access to one shard: the index in memory, the tar mapped. `columns`: which index
-    columns to load.
+    columns to load. Raises ValueError, naming the file, for one that is missing or damaged.
     """
 
     def __init__(self, directory: str | Path, name: str, columns: list[str] | None = None):
@@ -226,19 +248,38 @@ class Shard:
         for path in (self.path, self.path.with_suffix(".parquet")):
             if not path.exists():
                 raise ValueError(f"{path}: missing, but the manifest lists {name}; copy it again")
-        self.index = pq.read_table(self.path.with_suffix(".parquet"), columns=columns)
         with open(self.path, "rb") as file:
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        offset, size = self.index["offset"].combine_chunks(), self.index["size"].combine_chunks()
-        self.offset = offset.field("image").to_numpy()
-        self.size = size.field("image").to_numpy()
-        names = self.index.column_names
-        self.uids = self.index["uid"].to_pylist() if "uid" in names else []
-        self.captions = self.index["caption"].to_pylist() if "caption" in names else []
-        if len(self.offset) and int((self.offset + self.size).max()) > len(self.data):
-            raise ValueError(
-                f"{self.path}: {len(self.data)} bytes, the index needs more; copy it again"
+        with self._damage():
+            self.index = pq.read_table(self.path.with_suffix(".parquet"), columns=columns)
+            self.offset, self.size = (
+                self.index[column].combine_chunks().field("image").to_numpy().astype(np.int64)
+                for column in ("offset", "size")
             )
+            names = self.index.column_names
+            self.uids = self.index["uid"].to_pylist() if "uid" in names else []
+            self.captions = self.index["caption"].to_pylist() if "caption" in names else []
+        if len(self.offset):
+            ends = self.offset + self.size
+            if int(ends.max()) > len(self.data):
+                raise ValueError(
+                    f"{self.path}: {len(self.data)} bytes, the index needs more; copy it again"
+                )
+            if min(int(self.offset.min()), int(self.size.min()), int(ends.min())) < 0:
+                raise ValueError(f"{self.path}: the index points before the file; copy it again")
+
+    @contextlib.contextmanager
+    def _damage(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"{self.path.with_suffix('.parquet')}: damaged ({error}); copy it again"
+            ) from error
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(
+                f"{self.path.with_suffix('.parquet')}: damaged ({error}); copy it again"
+            ) from error
 
     def __len__(self) -> int:
         return self.index.num_rows
@@ -250,13 +291,15 @@ class Shard:
 
     def bank(self, row: int) -> list[dict[str, Any]]:
         """All captions of a row, the pool's own first."""
-        return self.index["captions"][row].as_py() or []
+        with self._damage():
+            return self.index["captions"][row].as_py() or []
 
     def record(self, row: int) -> Record:
         """The whole record of a row, its JSON member included."""
-        values = self.index.slice(row, 1).to_pylist()[0]
-        start, size = values["offset"]["json"], values["size"]["json"]
-        info = json.loads(self.data[start : start + size])
+        with self._damage():
+            values = self.index.slice(row, 1).to_pylist()[0]
+            start, size = values["offset"]["json"], values["size"]["json"]
+            info = json.loads(self.data[start : start + size])
         return Record(values["uid"], self.image(row), values["extension"], values["caption"], info)
 
 

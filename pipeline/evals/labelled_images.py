@@ -6,6 +6,7 @@ zeroshot_classification_templates.txt    one prompt a line, "{c}" stands for the
                                          in a retrieval set, KEY.txt (a caption a line)
 """
 
+import contextlib
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,10 +38,9 @@ class LabelledImages:
     def samples(self) -> Iterator[tuple[bytes, int]]:
         """(image bytes, label), in the order of the shards."""
         num_classes = len(self.class_names())
-        for number in range(int(self._lines(f"{self.split}/nshards.txt")[0])):
-            shard = self._existing(f"{self.split}/{number}.tar")
+        for shard in self._shards():
             for key, image, text in _pairs(shard, "cls"):
-                label = int(text)
+                label = _number(text, f"{shard}: {key}.cls")
                 if not 0 <= label < num_classes:
                     raise ValueError(
                         f"{shard}: {key}.cls is {label}, but {CLASS_NAMES} has {num_classes} lines"
@@ -49,14 +49,18 @@ class LabelledImages:
 
     def captioned(self) -> Iterator[tuple[bytes, list[str]]]:
         """(image bytes, its captions) of a retrieval set: KEY.txt has one caption a line."""
-        for number in range(int(self._lines(f"{self.split}/nshards.txt")[0])):
-            shard = self._existing(f"{self.split}/{number}.tar")
+        for shard in self._shards():
             for key, image, text in _pairs(shard, "txt"):
                 lines = text.decode("utf-8", errors="replace").splitlines()
                 captions = [line.strip() for line in lines if line.strip()]
                 if not captions:
                     raise ValueError(f"{shard}: {key}.txt has no caption")
                 yield image, captions
+
+    def _shards(self) -> Iterator[Path]:
+        name = f"{self.split}/nshards.txt"
+        for number in range(_number(self._lines(name)[0], f"{self.directory / name}")):
+            yield self._existing(f"{self.split}/{number}.tar")
 
     def _existing(self, name: str) -> Path:
         path = self.directory / name
@@ -84,19 +88,35 @@ def prompt(template: str, class_name: str) -> str:
 def _pairs(shard: Path, suffix_of_text: str) -> Iterator[tuple[str, bytes, bytes]]:
     """(key, image, text) of a tar; the two members of a key may come in either order."""
     waiting: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(shard) as tar:
-        for member in tar:
-            key, dot, suffix = member.name.rpartition(".")
-            kind = "image" if dot + suffix.lower() in IMAGE_SUFFIXES else suffix
-            if not member.isfile() or kind not in ("image", suffix_of_text):
-                continue
-            content = tar.extractfile(member)
-            assert content is not None  # isfile()
+    with contextlib.closing(_members(shard, suffix_of_text)) as members:
+        for key, kind, content in members:
             found = waiting.setdefault(key, {})
-            found[kind] = content.read()
+            found[kind] = content
             if len(found) == 2:
                 yield key, found["image"], found[suffix_of_text]
                 del waiting[key]
     if waiting:
         key, found = next(iter(waiting.items()))
         raise ValueError(f"{shard}: {key} has only its {next(iter(found))}, {len(waiting)} such")
+
+
+def _members(shard: Path, suffix_of_text: str) -> Iterator[tuple[str, str, bytes]]:
+    """(key, "image" or the text's suffix, content) of an uncompressed tar, one in memory."""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                key, dot, suffix = member.name.rpartition(".")
+                kind = "image" if dot + suffix.lower() in IMAGE_SUFFIXES else suffix
+                if member.isfile() and kind in ("image", suffix_of_text):
+                    content = tar.extractfile(member)
+                    assert content is not None  # isfile()
+                    yield key, kind, content.read()
+    except (tarfile.TarError, OSError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{shard}: not a whole tar ({error}); copy it again") from error
+
+
+def _number(text: str | bytes, where: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {text[:40]!r} is not a whole number") from error

@@ -1,6 +1,5 @@
 """A run directory -> a model that embeds image bytes and captions."""
 
-import pickle
 import re
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -182,9 +181,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"checkpoint {path} is missing or a folder: give a .ckpt file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged archive raises whatever its broken part leads to
+        raise ValueError(f"{path} is not a readable checkpoint: {error!r}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}: not one of our checkpoints")
+    return content
 
 
 def read_weights(path: Path, *, weights: str = "trained") -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """A checkpoint of others, or of ours, as plain tensors: nothing in a file is executed."""
 
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.evals.trained import newest_checkpoint
+from pipeline.formats.torchscript import torchscript_tensors
 
 # in a directory, in this order
 FILES = (
@@ -50,14 +50,14 @@ def _file_in(directory: Path) -> Path:
 
 
 def _tensors(path: Path) -> Mapping[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    if _is_torchscript(path):
-        return torch.jit.load(str(path), map_location="cpu").state_dict()
+    if path.suffix != ".safetensors" and _is_torchscript(path):
+        return torchscript_tensors(path)
     try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable file of weights: {error}") from error
+    except Exception as error:  # a damaged file raises whatever its broken part leads to
+        raise ValueError(f"{path} is not a readable file of weights: {error!r}") from error
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -67,10 +67,11 @@ def _tensors(path: Path) -> Mapping[str, Tensor]:
 
 
 def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.split("/")[1:2] == ["constants.pkl"] for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.split("/")[1:2] == ["constants.pkl"] for name in archive.namelist())
 
 
 def _without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
