@@ -25,6 +25,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from pipeline.phases import phase_config, phase_problems
+from pipeline.targets import foreign_targets
 
 # Absolute: Hydra resolves a relative config_path against the caller, which fails in a console
 # script.
@@ -72,6 +73,7 @@ class TrainConfig:
     trainer: Any = MISSING
     callbacks: dict[str, Any] = field(default_factory=dict)  # what watches the run, by name
     tracking: dict[str, Any] = field(default_factory=dict)
+    allow_foreign_targets: bool = False  # whether a config may call what is not ours
 
 
 @dataclass
@@ -100,6 +102,7 @@ class TrainCaptionerConfig:
     trainer: Any = MISSING
     callbacks: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, Any] = field(default_factory=dict)
+    allow_foreign_targets: bool = False  # whether a config may call what is not ours
 
 
 @dataclass
@@ -114,6 +117,7 @@ class EvaluateConfig:
     devices: int = 1  # processes on a node; each embeds its share
     num_nodes: int = 1
     eval: dict[str, Any] = field(default_factory=dict)  # tasks by name
+    allow_foreign_targets: bool = False  # whether a config may call what is not ours
 
 
 @dataclass
@@ -128,6 +132,7 @@ class ExportConfig:
     license: str | None = None  # of the weights, for the card: apache-2.0, cc-by-4.0, other ...
     push_to: str | None = None  # USER/NAME on the Hugging Face hub
     private: bool = True  # of a new repository there
+    allow_foreign_targets: bool = False  # whether a config may call what is not ours
 
 
 @dataclass
@@ -166,6 +171,7 @@ class CurateConfig:
     pack: Any = MISSING
     engine: Any = MISSING
     track: Any = None  # where the finished dataset is registered
+    allow_foreign_targets: bool = False  # whether a config may call what is not ours
 
 
 ROOTS = {
@@ -317,6 +323,9 @@ def run_problems(cfg: DictConfig, world_size: int) -> list[str]:
     """The problems of a command's config, for a training run with its arithmetic, for one with
     phases those of each phase; what is wrong in every phase is named once.
     """
+    foreign = [] if cfg.get("allow_foreign_targets") else foreign_targets(cfg)
+    if foreign:
+        return foreign  # before `problems`, which imports what a target names
     training = OmegaConf.get_type(cfg) in (TrainConfig, TrainCaptionerConfig)
     if not cfg.get("phases"):
         return problems(cfg) + (batch_problems(cfg, world_size) if training else [])

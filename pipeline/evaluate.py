@@ -34,7 +34,11 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         raise ValueError("no tasks: give eval=NAME, one of conf/eval")
     device = processes(config)
     trained = TrainedClip.load(
-        config.run, checkpoint=config.checkpoint, weights=config.weights, device=device
+        config.run,
+        checkpoint=config.checkpoint,
+        weights=config.weights,
+        device=device,
+        allow_foreign_targets=config.allow_foreign_targets,
     )
     numbers: dict[str, float] = {}
     for name, task in tasks.items():

@@ -26,7 +26,12 @@ def export(config: DictConfig) -> Path:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={out} is a file: give a directory")
     written = build(config.format)
-    trained = TrainedClip.load(config.run, checkpoint=config.checkpoint, weights=config.weights)
+    trained = TrainedClip.load(
+        config.run,
+        checkpoint=config.checkpoint,
+        weights=config.weights,
+        allow_foreign_targets=config.allow_foreign_targets,
+    )
     written.write(trained, out)
     if isinstance(written, Loadable):
         card = model_card(

@@ -14,6 +14,7 @@ FLOORS = {
     "pipeline.config": 0,
     "pipeline.distributed": 0,
     "pipeline.phases": 0,
+    "pipeline.targets": 0,
     "pipeline.shards": 0,
     "pipeline.models": 1,
     "pipeline.tokens": 1,

@@ -20,17 +20,26 @@ class Embed:
 
     Columns: image_embed and text_embed, (D,) float32 of unit norm; clip_score, their inner product.
     threads: torch threads in each worker process.
+    allow_foreign_targets: whether the run's config may name classes that are not ours.
     """
 
     name, version = "embed", 1
     needs_images, reads = True, ("caption",)
-    operational = ("batch_size", "threads")
+    operational = ("batch_size", "threads", "allow_foreign_targets")
 
-    def __init__(self, *, run: str, batch_size: int = 256, threads: int = 1):
+    def __init__(
+        self,
+        *,
+        run: str,
+        batch_size: int = 256,
+        threads: int = 1,
+        allow_foreign_targets: bool = False,
+    ):
         if batch_size < 1 or threads < 1:
             raise ValueError(f"batch_size={batch_size}, threads={threads}: both at least 1")
         self.run, self.batch_size, self.threads = run, batch_size, threads
         vector = pa.list_(pa.float32())
+        self.allow_foreign_targets = allow_foreign_targets
         self.columns = {
             "image_embed": vector,
             "text_embed": vector,
@@ -47,7 +56,11 @@ class Embed:
         """Embed both sides of every sample."""
         if self._model is None:
             torch.set_num_threads(self.threads)
-            self._model = TrainedClip.load(self.run, checkpoint=self.checkpoint)
+            self._model = TrainedClip.load(
+                self.run,
+                checkpoint=self.checkpoint,
+                allow_foreign_targets=self.allow_foreign_targets,
+            )
         images = self._model.image_embed(
             [sample["image"] for sample in batch], batch_size=self.batch_size
         )

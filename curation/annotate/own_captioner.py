@@ -30,11 +30,12 @@ class OwnCaptioner:
     of this image and less of the language. gates: None for the defaults, with captions of one word
     allowed. Drawn captions are a function of (seed, uid). Columns: captions_<bank> (role short;
     score: mean log-probability of its tokens), <bank>_refused. threads: in each worker process.
+    allow_foreign_targets: whether the run's config may name classes that are not ours.
     """
 
     version = 1
     needs_images, reads = True, ("caption",)
-    operational = ("batch_size", "threads")
+    operational = ("batch_size", "threads", "allow_foreign_targets")
 
     def __init__(
         self,
@@ -49,13 +50,15 @@ class OwnCaptioner:
         seed: int = 0,
         batch_size: int = 128,
         threads: int = 1,
+        allow_foreign_targets: bool = False,
     ):
         check_sampling(temperature=temperature, top_p=top_p, guidance=guidance)
         if copies < 1 or batch_size < 1 or threads < 1:
             raise ValueError(
                 f"copies={copies}, batch_size={batch_size}, threads={threads}: all at least 1"
             )
-        captioner_config(run)
+        captioner_config(run, allow_foreign_targets=allow_foreign_targets)
+        self.allow_foreign_targets = allow_foreign_targets
         self.name, self.run, self.copies = f"own_captioner_{bank}", run, copies
         self.gates = gates or Gates(min_words=1, unchanged=False)
         self.temperature, self.top_p, self.guidance = temperature, top_p, guidance
@@ -75,7 +78,11 @@ class OwnCaptioner:
         """The model and the bank, once."""
         if self._loaded is None:
             torch.set_num_threads(self.threads)
-            model = TrainedCaptioner.load(self.run, checkpoint=self.checkpoint)
+            model = TrainedCaptioner.load(
+                self.run,
+                checkpoint=self.checkpoint,
+                allow_foreign_targets=self.allow_foreign_targets,
+            )
             name = text_hash(file_digest(self.checkpoint))
             bank = Bank(name=self.bank, source="own_captioner", model=name, sampling=self.sampling)
             self._loaded = model, bank

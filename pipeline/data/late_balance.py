@@ -51,7 +51,9 @@ class LateBalance:
                 for path, array in zip(paths, gathered(dataset), strict=True):
                     with whole_file(path) as file:
                         np.save(file, array)
-        self.hashes, self.probabilities = (np.load(path, mmap_mode="r") for path in paths)
+        self.hashes, self.probabilities = (
+            np.load(path, mmap_mode="r", allow_pickle=False) for path in paths
+        )
 
     def __call__(self, epoch: int) -> np.ndarray:
         key = hashlib.blake2b(repr((self.seed, "balance", epoch)).encode(), digest_size=8).digest()

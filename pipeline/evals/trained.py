@@ -14,6 +14,7 @@ from pipeline.config import build
 from pipeline.distributed import peers, rank, world_size
 from pipeline.evals.task import in_batches
 from pipeline.phases import phase_of
+from pipeline.targets import read_config
 
 T = TypeVar("T")
 WEIGHTS = ("trained", "ema")
@@ -59,15 +60,17 @@ class TrainedClip:
         checkpoint: str | Path | None = None,
         weights: str = "trained",
         device: str | torch.device | None = None,
+        allow_foreign_targets: bool = False,
     ) -> "TrainedClip":
         """The model of a run directory.
 
         checkpoint: a file of Lightning's; None for the newest in <run>/checkpoints.
         weights: "trained", or "ema" for the run's moving average.
         device: None for the GPU if there is one.
+        allow_foreign_targets: whether its config may name classes that are not ours.
         Raises ValueError if the run, its checkpoint or a weight is missing.
         """
-        config = run_config(run, checkpoint)
+        config = run_config(run, checkpoint, allow_foreign_targets=allow_foreign_targets)
         path = Path(checkpoint) if checkpoint is not None else newest_checkpoint(run)
         model = build(config.model)
         try:
@@ -139,9 +142,14 @@ def shortened(config: DictConfig) -> dict[str, int]:
     return {"context_length": length} if length and ours and length < ours else {}
 
 
-def run_config(run: str | Path, checkpoint: str | Path | None = None) -> DictConfig:
+def run_config(
+    run: str | Path,
+    checkpoint: str | Path | None = None,
+    *,
+    allow_foreign_targets: bool = False,
+) -> DictConfig:
     """The resolved training config that `pipeline.train` left in the run directory, as it stood in
-    the phase of the checkpoint (None: the newest).
+    the phase of the checkpoint (None: the newest). Raises ValueError for one that is not ours.
     """
     path = Path(run) / "config.yaml"
     if not path.is_file():
@@ -149,12 +157,12 @@ def run_config(run: str | Path, checkpoint: str | Path | None = None) -> DictCon
             f"{path} is missing: {run} is no run directory; train one with `python -m "
             "pipeline.train recipe=... name=N` and give run=runs/N"
         )
-    config = OmegaConf.load(path)
+    config = read_config(path, allow_foreign_targets=allow_foreign_targets)
     if config.get("phases"):
         found = Path(checkpoint) if checkpoint is not None else newest_checkpoint(run)
         config = phase_of(config, read_checkpoint(found).get("phase", ""))
     missing = [key for key in ("model", "tokenizer", "transform") if key not in config]
-    if missing or not isinstance(config, DictConfig):
+    if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}: not written by pipeline.train")
     return config
 

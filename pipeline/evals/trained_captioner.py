@@ -13,6 +13,7 @@ from pipeline.config import build
 from pipeline.data.tokenizer import WORD_END, BpeTokenizer, byte_alphabet
 from pipeline.evals.trained import Transform, newest_checkpoint, read_weights
 from pipeline.models.captioner import Captioner
+from pipeline.targets import read_config
 
 PARTS = ("image", "decoder", "tokenizer", "transform")
 
@@ -39,12 +40,14 @@ class TrainedCaptioner:
         *,
         checkpoint: str | Path | None = None,
         device: str | torch.device | None = None,
+        allow_foreign_targets: bool = False,
     ) -> "TrainedCaptioner":
         """checkpoint: None for the newest. device: None for the GPU if there is one.
+        allow_foreign_targets: whether its config may name classes that are not ours.
 
         Raises ValueError if the run, its checkpoint or a weight is missing.
         """
-        config = captioner_config(run)
+        config = captioner_config(run, allow_foreign_targets=allow_foreign_targets)
         path = Path(checkpoint) if checkpoint is not None else newest_checkpoint(run)
         tokenizer = build(config.tokenizer)
         model = make_captioner(config, tokenizer)
@@ -84,11 +87,13 @@ class TrainedCaptioner:
         return [self.spell(row) for row in tokens.tolist()], scores.tolist()
 
 
-def captioner_config(run: str | Path) -> DictConfig:
+def captioner_config(run: str | Path, *, allow_foreign_targets: bool = False) -> DictConfig:
     """The resolved config that pipeline.train_captioner left in the run directory."""
     path = Path(run) / "config.yaml"
-    config = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
-    if not isinstance(config, DictConfig) or any(config.get(part) is None for part in PARTS):
+    config = OmegaConf.create()
+    if path.is_file():
+        config = read_config(path, allow_foreign_targets=allow_foreign_targets)
+    if any(config.get(part) is None for part in PARTS):
         raise ValueError(
             f"{run} is no run of a captioner: train one with `python -m pipeline.train_captioner "
             "data.shards=DIR run=PROXY_RUN name=N` and give run=runs/N"

@@ -27,7 +27,9 @@ def model_card(
 
     library: the hub's `library_name`.  license: an SPDX id or the hub's own word; None: not stated.
     """
-    run, config = Path(run), run_config(run, trained.checkpoint)
+    run = Path(run)
+    # only read here, and the model that `trained` has was allowed to be built
+    config = run_config(run, trained.checkpoint, allow_foreign_targets=True)
     head = {
         "library_name": library,
         "pipeline_tag": "zero-shot-image-classification",

@@ -109,7 +109,7 @@ class CaptionerModule(pl.LightningModule):
 
 def fill_from_proxy(cfg: DictConfig) -> None:
     """Take over what the config leaves to the proxy: its tower, tokenizer and transform."""
-    proxy = run_config(cfg.run)
+    proxy = run_config(cfg.run, allow_foreign_targets=cfg.allow_foreign_targets)
     for part, node in (
         ("image", proxy.model.image),
         ("tokenizer", proxy.tokenizer),

@@ -23,6 +23,7 @@ OPERATIONAL = (
     "checkpoint_every_steps",
     "keep_checkpoints",
     "recipe_info",
+    "allow_foreign_targets",
     "init",  # read once, before the first step
     "runs_dir",
     "trainer",

@@ -170,6 +170,7 @@ class Run:
             "checkpoint_every_steps=3",
             f"trainer.devices={self.processes}",
             f"micro_batch_size={7 if self.processes == 2 else 20}",
+            "allow_foreign_targets=true",
             "+callbacks.seen._target_=tests.chaos.seen.SeenPairs",
             f"+callbacks.seen.directory={self.place}",
             "+callbacks.seen.pause_seconds=0.05",

@@ -136,7 +136,8 @@ def test_ray_makes_the_local_bytes_and_gives_out_again_what_failed(root, parquet
 
     def command(name, *overrides):
         given = [f"pool={pool}", f"out={tmp_path / name}", f"cache={tmp_path / name}-cache"]
-        given += ["+annotate.flaky._target_=flaky.Flaky", "pack.records_per_shard=20", *overrides]
+        given += ["+annotate.flaky._target_=flaky.Flaky", "allow_foreign_targets=true"]
+        given += ["pack.records_per_shard=20", *overrides]
         return subprocess.run(
             [sys.executable, "-m", "curation.run", *given],
             cwd=root,

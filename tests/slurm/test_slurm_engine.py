@@ -28,7 +28,8 @@ def curate(root, slurm, parquet_pool, tmp_path):
             "OMP_NUM_THREADS": "1",
         }
         given = [f"pool={pool}", f"out={tmp_path / name}", f"cache={tmp_path / name}-cache"]
-        given += ["+annotate.flaky._target_=flaky.Flaky", "pack.records_per_shard=20", *overrides]
+        given += ["+annotate.flaky._target_=flaky.Flaky", "allow_foreign_targets=true"]
+        given += ["pack.records_per_shard=20", *overrides]
         return subprocess.Popen(
             [sys.executable, "-m", "curation.run", *given],
             cwd=root,

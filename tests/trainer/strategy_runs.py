@@ -171,4 +171,4 @@ def phased(index: int, port: str, data: Path, runs: Path, strategies: list[str])
 def fault(*, rank: int, steps: list[int]) -> list[str]:
     """The words that add `Faulty` to a run's loss."""
     term = f"_target_:{Faulty.__module__}.Faulty,rank:{rank},steps:{steps}"
-    return [f"+loss.faulty={{{term}}}"]
+    return [f"+loss.faulty={{{term}}}", "allow_foreign_targets=true"]

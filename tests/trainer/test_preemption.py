@@ -77,7 +77,7 @@ def test_a_run_that_hangs_says_where(root, data, tmp_path, command, environment)
         "        return captions[primary]['text'] if captions else ''\n"
     )
     knobs = ["callbacks.watchdog.timeout_seconds=8", "data.workers=0"]
-    knobs += ["data.captions={_target_: hanging.Hanging}"]
+    knobs += ["data.captions={_target_: hanging.Hanging}", "allow_foreign_targets=true"]
     env = environment() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
     done = subprocess.run(
         command(data, tmp_path, "hung", *knobs),

@@ -141,7 +141,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """Mapped, not read: a process touches its own pieces."""
         path = self.broadcast(checkpoint_path)
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -219,7 +219,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         path = self.broadcast(checkpoint_path)
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         load_weights(self.lightning_module, checkpoint["state_dict"], strict=strict)
