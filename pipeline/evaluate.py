@@ -9,6 +9,7 @@ Each process embeds its share; srun and torchrun may have started them. Prints a
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from pipeline.config import CONF, build, check, user_errors
 from pipeline.distributed import barrier, rank
+from pipeline.evals.bootstrap import Estimate
 from pipeline.evals.task import run_task
 from pipeline.evals.trained import TrainedClip
 from pipeline.shards import write_json
@@ -45,8 +47,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         log.info("%s of %s", name, trained.checkpoint)
         found = run_task(name, task, trained)
         if rank() == 0:
-            kept = {"checkpoint": str(trained.checkpoint), "metrics": found}
-            write_json(out / f"{name}.json", kept)
+            write_json(out / f"{name}.json", results(trained, found))
         numbers |= found
     barrier()  # the launcher ends the others with the first
     return numbers
@@ -64,15 +65,23 @@ def processes(config: DictConfig) -> torch.device:
     return fabric.device
 
 
+def results(trained: TrainedClip, found: dict[str, float]) -> dict[str, Any]:
+    """What is kept of a task's numbers: the 95 % intervals apart, where there are some."""
+    spans = {key: [v.low, v.high] for key, v in found.items() if isinstance(v, Estimate)}
+    return {"checkpoint": str(trained.checkpoint), "metrics": found, "intervals": spans}
+
+
 def table(numbers: dict[str, float], *, title: str) -> Table:
     """A row a metric."""
     shown = Table(title=title)
     for column in ("task", "metric"):
         shown.add_column(column)
-    shown.add_column("value", justify="right")
+    for column in ("value", "95 % interval"):
+        shown.add_column(column, justify="right")
     for key, value in numbers.items():
         _, task, metric = key.split("/", 2)
-        shown.add_row(task, metric, f"{value:.4f}")
+        span = f"{value.low:.4f} to {value.high:.4f}" if isinstance(value, Estimate) else ""
+        shown.add_row(task, metric, f"{value:.4f}", span)
     return shown
 
 

@@ -29,11 +29,7 @@ class LabelledImages:
 
     def templates(self) -> list[str]:
         """Prompts with "{c}" for the class name."""
-        templates = self._lines(TEMPLATES)
-        for template in templates:
-            if "{c}" not in template:
-                raise ValueError(f"{self.directory / TEMPLATES}: no {{c}} in {template!r}")
-        return templates
+        return templates_of(self._existing(TEMPLATES))
 
     def samples(self) -> Iterator[tuple[bytes, int]]:
         """(image bytes, label), in the order of the shards."""
@@ -73,11 +69,26 @@ class LabelledImages:
         return path
 
     def _lines(self, name: str) -> list[str]:
-        path = self._existing(name)
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        if not lines:
-            raise ValueError(f"{path} is empty")
-        return lines
+        return lines_of(self._existing(name))
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines that are not blank. Raises ValueError for a file without any."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} is empty")
+    return lines
+
+
+def templates_of(path: Path) -> list[str]:
+    """Prompts, one a line, with "{c}" for the class name."""
+    templates = lines_of(path)
+    for template in templates:
+        if "{c}" not in template:
+            raise ValueError(f"{path}: no {{c}} in {template!r}")
+    return templates
 
 
 def prompt(template: str, class_name: str) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pipeline.evals.bootstrap import Estimate, mean
+
 # Cosine similarities of float32 embeddings carry noise of about 1e-7, which depends on the batch
 # an image was in; scores this close are the same score.
 TIE = 1e-6
@@ -33,6 +35,6 @@ def ranks(scores: Tensor, relevant: Tensor, *, tie: float = TIE) -> Tensor:
     return ((scores >= best - tie) & ~relevant).sum(dim=1)
 
 
-def recall(ranks: Tensor, *, at: Sequence[int]) -> dict[int, float]:
+def recall(ranks: Tensor, *, at: Sequence[int]) -> dict[int, Estimate]:
     """Fraction of queries in [0, 1] with a right candidate among the first k, for each k."""
-    return {k: float((ranks < k).double().mean()) for k in at}
+    return {k: mean(ranks < k) for k in at}

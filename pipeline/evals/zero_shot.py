@@ -3,13 +3,17 @@
 Letters: I images, C classes, T templates, D embedding width.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from pipeline.evals.labelled_images import LabelledImages, prompt
+from pipeline.evals.bootstrap import mean_of_means
+from pipeline.evals.labelled_images import prompt
+from pipeline.evals.labelled_parquet import labelled
+from pipeline.evals.labelled_part import LabelledPart
 from pipeline.evals.ranking import ranks, recall
 from pipeline.evals.task import Embedder, in_shares
 
@@ -17,14 +21,27 @@ from pipeline.evals.task import Embedder, in_shares
 class ZeroShot:
     """Accuracy on a labelled set, each class the mean of its prompts (CLIP, sec. 3.1.4).
 
-    data: directory in CLIP_benchmark's WebDataset layout (see labelled_images.py), `split` one of
-        its folders. An image that cannot be read raises ValueError: numbers over part of a set
-        compare with nothing.
+    data: directory in CLIP_benchmark's WebDataset layout (labelled_images.py), `split` one of its
+        folders, or in Hugging Face's Parquet layout (labelled_parquet.py). An image that cannot be
+        read raises ValueError: numbers over part of a set compare with nothing.
+    classes: names, or a file with one a line: the other classes and their images take no part.
+    templates: a file with one prompt a line, "{c}" for the class name; null: the set's own.
     batch_size: images or prompts per forward; the numbers do not depend on it.
     """
 
-    def __init__(self, *, data: str, split: str = "test", batch_size: int = 256) -> None:
-        self.images = LabelledImages(Path(data), split)
+    def __init__(
+        self,
+        *,
+        data: str,
+        split: str = "test",
+        classes: Sequence[str] | str | None = None,
+        templates: str | None = None,
+        batch_size: int = 256,
+    ) -> None:
+        images = labelled(Path(data), split)
+        if classes is not None or templates is not None:
+            images = LabelledPart(images, classes, templates)
+        self.images = images
         self.batch_size = batch_size
 
     def run(self, trained: Embedder) -> dict[str, float]:
@@ -61,10 +78,8 @@ def classification_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
     relevant = one_hot(labels, scores.shape[1]).bool()
     place = ranks(scores, relevant)
     accuracy = recall(place, at=(1, 5))
-    hits = (place == 0).double()
-    per_class = [float(hits[labels == label].mean()) for label in labels.unique()]
     return {
         "top1": accuracy[1],
         "top5": accuracy[5],
-        "mean_per_class_recall": sum(per_class) / len(per_class),
+        "mean_per_class_recall": mean_of_means(place == 0, labels),
     }

@@ -51,6 +51,7 @@ def numbers(index: int, world: int, run: str, out: str) -> None:
     for name, task in tasks.items():
         found |= run_task(name, task, trained)
     embeds = trained.image_embed([b for b, _ in ZeroShot(data=DATA).images.samples()][:10])
+    found = {k: [float(v), getattr(v, "low", None)] for k, v in found.items()}
     seen = {"numbers": found, "images": trained.images}
     torch.save({**seen, "embeds": embeds}, Path(out) / f"{world}-{index}.pt")
     if world > 1:
