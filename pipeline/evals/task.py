@@ -19,9 +19,15 @@ SHARED_BATCHES = 32
 class Embedder(Protocol):
     """Bytes and strings to embeddings: (n, D) float32 on the CPU, unit norm, in the order given."""
 
+    @property
+    def logit_scale(self) -> float: ...
+
     def image_embed(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor: ...
 
     def text_embed(self, captions: Sequence[str], *, batch_size: int = 256) -> Tensor: ...
+
+    def image_features(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor:
+        """(n, width): the tower's output, before the projection."""
 
 
 class Task(Protocol):

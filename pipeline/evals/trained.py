@@ -87,17 +87,30 @@ class TrainedClip:
             checkpoint=path,
         )
 
+    @property
+    def logit_scale(self) -> float:
+        """What a cosine is multiplied by before the softmax."""
+        return float(self.model.logit_scale)
+
     def image_embed(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor:
         """(n, D) float32 on the CPU, unit norm. Raises ValueError for bytes that are no image."""
-        return self._shared(images, batch_size, self._embed_images)
+        return self._shared(images, batch_size, self._embed_images, self.model.embed_dim)
 
     def text_embed(self, captions: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """(n, D) float32 on the CPU, unit norm."""
-        return self._shared(captions, batch_size, self._embed_captions)
+        return self._shared(captions, batch_size, self._embed_captions, self.model.embed_dim)
+
+    def image_features(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor:
+        """(n, width) float32 on the CPU: the tower's output, before the projection."""
+        return self._shared(images, batch_size, self._features, self.model.image.width)
 
     @torch.inference_mode()
     def _shared(
-        self, items: Sequence[T], batch_size: int, embed: Callable[[Sequence[T]], Tensor]
+        self,
+        items: Sequence[T],
+        batch_size: int,
+        embed: Callable[[Sequence[T]], Tensor],
+        width: int,
     ) -> Tensor:
         """Embeddings of all items on every rank, each having computed its share.
 
@@ -106,7 +119,7 @@ class TrainedClip:
         left), so that a model kept in pieces cannot wait for a rank that is done.
         """
         batches = list(in_batches(items, batch_size))
-        embeds = [torch.empty(0, self.model.embed_dim)]
+        embeds = [torch.empty(0, width)]
         for start in range(0, len(batches), world_size()):
             own = embed(batches[min(start + rank(), len(batches) - 1)])
             rows = own.new_zeros(batch_size, own.shape[1])
@@ -117,8 +130,14 @@ class TrainedClip:
         return torch.cat(embeds)
 
     def _embed_images(self, images: Sequence[bytes]) -> Tensor:
+        return self.model.encode_image(self._input(images)).float()
+
+    def _features(self, images: Sequence[bytes]) -> Tensor:
+        return self.model.image(self._input(images)).float()
+
+    def _input(self, images: Sequence[bytes]) -> Tensor:
         pixels = torch.stack([self._pixels(data) for data in images]).to(self.device)
-        return self.model.encode_image(self.transform.normalise(pixels)).float()
+        return self.transform.normalise(pixels)
 
     def _embed_captions(self, captions: Sequence[str]) -> Tensor:
         return self.model.encode_text(self.tokenizer(captions).to(self.device)).float()

@@ -46,6 +46,10 @@ class ZeroShot:
 
     def run(self, trained: Embedder) -> dict[str, float]:
         """`classification_metrics` of the split."""
+        return classification_metrics(*self.scores(trained))
+
+    def scores(self, trained: Embedder) -> tuple[Tensor, Tensor]:
+        """(I, C) cosines of the images and the classes, and (I,) int64 labels."""
         class_embed = self.class_embed(trained)
         scores, labels = [], []
         for batch in in_shares(self.images.samples(), self.batch_size):
@@ -56,7 +60,7 @@ class ZeroShot:
             labels += [label for _, label in batch]
         if not labels:
             raise ValueError(f"{self.images.directory}: no images in split {self.images.split}")
-        return classification_metrics(torch.cat(scores), torch.tensor(labels))
+        return torch.cat(scores), torch.tensor(labels)
 
     def class_embed(self, trained: Embedder) -> Tensor:
         """(C, D) unit norm: the mean of the T unit-norm prompt embeddings, normalised again."""
