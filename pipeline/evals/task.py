@@ -30,6 +30,14 @@ class Embedder(Protocol):
         """(n, width): the tower's output, before the projection."""
 
 
+class Projector(Protocol):
+    """The same before the norm is made 1."""
+
+    def image_projected(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor: ...
+
+    def text_projected(self, captions: Sequence[str], *, batch_size: int = 256) -> Tensor: ...
+
+
 class Task(Protocol):
     """One evaluation. Its numbers do not depend on how the samples are batched, or on the number of
     ranks: each runs the whole task, and the embedder shares the forwards out.

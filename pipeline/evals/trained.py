@@ -104,6 +104,33 @@ class TrainedClip:
         """(n, width) float32 on the CPU: the tower's output, before the projection."""
         return self._shared(images, batch_size, self._features, self.model.image.width)
 
+    def image_projected(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor:
+        """(n, D) float32 on the CPU: `image_embed` before its norm is made 1."""
+
+        def project(batch: Sequence[bytes]) -> Tensor:
+            return self.model.image_projection(self._features(batch)).float()
+
+        return self._shared(images, batch_size, project, self.model.embed_dim)
+
+    def text_projected(self, captions: Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """(n, D) float32 on the CPU: `text_embed` before its norm is made 1."""
+
+        def project(batch: Sequence[str]) -> Tensor:
+            tokens = self.tokenizer(batch).to(self.device)
+            return self.model.text_projection(self.model.text(tokens)).float()
+
+        return self._shared(captions, batch_size, project, self.model.embed_dim)
+
+    def patch_tokens(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor:
+        """(n, N D) float16 on the CPU: every patch after the last norm, projected, row-major."""
+        width = self.model.image.num_tokens * self.model.embed_dim
+        return self._shared(images, batch_size, self._patch_tokens, width).half()
+
+    def text_tokens(self, captions: Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """(n, L D) float16 on the CPU: every position after the last norm, projected."""
+        width = self.tokenizer([""]).shape[1] * self.model.embed_dim
+        return self._shared(captions, batch_size, self._text_tokens, width).half()
+
     @torch.inference_mode()
     def _shared(
         self,
@@ -135,6 +162,15 @@ class TrainedClip:
     def _features(self, images: Sequence[bytes]) -> Tensor:
         return self.model.image(self._input(images)).float()
 
+    def _patch_tokens(self, images: Sequence[bytes]) -> Tensor:
+        tower = self.model.image
+        tokens = tower.ln_post(tower.tokens(self._input(images)))[:, tower.num_prefix :]
+        return self.model.image_projection(tokens).float().flatten(1)
+
+    def _text_tokens(self, captions: Sequence[str]) -> Tensor:
+        tokens = self.model.text.tokens(self.tokenizer(captions).to(self.device))
+        return self.model.text_projection(tokens).float().flatten(1)
+
     def _input(self, images: Sequence[bytes]) -> Tensor:
         pixels = torch.stack([self._pixels(data) for data in images]).to(self.device)
         return self.transform.normalise(pixels)
@@ -150,6 +186,15 @@ class TrainedClip:
                 f"the image with sha256 {sha256(image).hexdigest()} ({len(image)} bytes) cannot be "
                 f"embedded: {error}"
             ) from error
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 of a model's weights by name: what a feature is a function of, with its transform."""
+    digest = sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def shortened(config: DictConfig) -> dict[str, int]:

@@ -1,42 +1,124 @@
-"""Export of features: the embeddings of every pair of a dataset, as Parquet."""
+"""Export of features: the embeddings of every pair of a dataset."""
 
+import json
+import logging
+from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
-from torch import Tensor
+import pyarrow.parquet as pq
 
-from pipeline.evals.trained import TrainedClip
-from pipeline.shards import Dataset, write_table
+from pipeline.evals.feature_file import FeatureFile, described, vectors, write_features
+from pipeline.evals.task import SHARED_BATCHES
+from pipeline.evals.trained import TrainedClip, weights_hash
+from pipeline.models.text import TextTransformer
+from pipeline.shards import Dataset, Shard, whole_file
+
+log = logging.getLogger(__name__)
+
+FORMS = ("parquet", "npy", "faiss")
 
 
 class Features:
-    """One Parquet file a shard, under the shard's name: uid, image_embed, text_embed.
+    """One Parquet file a shard, under the shard's name: `pipeline.evals.feature_file`.
 
     shards: a shards directory of ours.  batch_size: pairs per forward.
-    Embeddings are fixed-size lists of D float32, unit norm; rows are in the order of the shard.
-    Memory: one shard's images and embeddings.
+    form: "npy" adds image_embed.npy and text_embed.npy, (n, D) float32, and uids.txt beside them,
+        in the order of the rows; "faiss" an index of inner products of each, image_embed.faiss and
+        text_embed.faiss, whose ids are the same rows.
+    patch_tokens, text_tokens: also all tokens after the tower's last norm, projected as the pooled
+        one is: (N D,) or (L D,) float16 a row, patches row-major. For dense tasks; no unit norm.
+    A shard whose file is there, of the same weights and dataset, is not embedded again.
+    Memory: 32 batches of images and embeddings.
     """
 
-    def __init__(self, *, shards: str, batch_size: int = 256) -> None:
-        self.shards = shards
-        self.batch_size = batch_size
+    def __init__(
+        self,
+        *,
+        shards: str,
+        form: Literal["parquet", "npy", "faiss"] = "parquet",
+        patch_tokens: bool = False,
+        text_tokens: bool = False,
+        batch_size: int = 256,
+    ) -> None:
+        if form not in FORMS:
+            raise ValueError(f"format.form={form!r}: one of {', '.join(FORMS)}")
+        self.shards, self.form, self.batch_size = shards, form, batch_size
+        self.patch_tokens, self.text_tokens = patch_tokens, text_tokens
 
     def write(self, trained: TrainedClip, out: Path) -> None:
         """Write `<out>/<shard>.parquet` for every shard. Raises ValueError for a broken image."""
+        if self.text_tokens and not isinstance(trained.model.text, TextTransformer):
+            kind = type(trained.model.text).__name__
+            raise ValueError(
+                f"format.text_tokens=true: no tokens of a {kind}; leave it out, or take a model "
+                "with our text tower"
+            )
         dataset = Dataset(self.shards, columns=["uid", "caption", "offset", "size"])
+        made_by = {
+            "metric": "cosine",
+            "normalised": True,
+            "model": weights_hash(trained.model),
+            "checkpoint": trained.checkpoint.name if trained.checkpoint else None,
+            "dataset": dataset_hash(dataset),
+        }
         for number, name in enumerate(dataset.names):
-            shard = dataset.shard(number)
-            images = [shard.image(row) for row in range(len(shard))]
-            captions = shard.index["caption"].to_pylist()
-            image_embed = trained.image_embed(images, batch_size=self.batch_size)
-            text_embed = trained.text_embed(captions, batch_size=self.batch_size)
-            columns = {
-                "uid": shard.index["uid"],
-                "image_embed": _column(image_embed),
-                "text_embed": _column(text_embed),
+            path = out / f"{name}.parquet"
+            if self._finished(path, made_by):
+                log.info("%s: written before, of the same weights", path)
+                continue
+            write_features(path, self._tables(trained, dataset.shard(number)), made_by)
+        if self.form != "parquet":
+            self._gather(out)
+
+    def _finished(self, path: Path, made_by: dict[str, Any]) -> bool:
+        if not path.exists() or described(path) != made_by:
+            return False
+        names = pq.read_schema(path).names
+        wanted = {"patch_tokens": self.patch_tokens, "text_tokens": self.text_tokens}
+        return all(name in names for name, asked in wanted.items() if asked)
+
+    def _tables(self, trained: TrainedClip, shard: Shard) -> Iterator[pa.Table]:
+        """A batch of every rank at a time; one empty table for an empty shard."""
+        size = self.batch_size * SHARED_BATCHES
+        for start in range(0, max(len(shard), 1), size):
+            index = shard.index.slice(start, size)
+            images = [shard.image(row) for row in range(start, start + len(index))]
+            captions = index["caption"].to_pylist()
+            asked = {
+                "image_embed": trained.image_embed(images, batch_size=self.batch_size),
+                "text_embed": trained.text_embed(captions, batch_size=self.batch_size),
             }
-            write_table(out / f"{name}.parquet", pa.table(columns))
+            if self.patch_tokens:
+                asked["patch_tokens"] = trained.patch_tokens(images, batch_size=self.batch_size)
+            if self.text_tokens:
+                asked["text_tokens"] = trained.text_tokens(captions, batch_size=self.batch_size)
+            columns = {name: vectors(values) for name, values in asked.items()}
+            yield pa.table({"uid": index["uid"], **columns})
+
+    def _gather(self, out: Path) -> None:
+        """All rows in one file, a column."""
+        features = FeatureFile(out)
+        for column in ("image_embed", "text_embed"):
+            uids, embed = features.embeds(column)
+            if self.form == "npy":
+                with whole_file(out / f"{column}.npy") as file:
+                    np.save(file, embed.numpy())
+            else:
+                import faiss  # only here: an export without an index does not need it
+
+                index = faiss.IndexFlatIP(embed.shape[1])
+                index.add(embed.numpy())
+                with whole_file(out / f"{column}.faiss") as file:
+                    file.write(faiss.serialize_index(index).tobytes())
+        with whole_file(out / "uids.txt") as file:
+            file.write("".join(f"{uid}\n" for uid in uids).encode())
 
 
-def _column(embed: Tensor) -> pa.FixedSizeListArray:
-    return pa.FixedSizeListArray.from_arrays(pa.array(embed.flatten().numpy()), embed.shape[1])
+def dataset_hash(dataset: Dataset) -> str:
+    """sha256 over its shards' names and contents, as the manifest has them."""
+    entries = [[shard["name"], shard.get("sha256")] for shard in dataset.manifest["shards"]]
+    return sha256(json.dumps(entries).encode()).hexdigest()

@@ -78,6 +78,21 @@ class TextTransformer(nn.Module):
         kept: (B, K) int64 ascending positions in [0, L), among them the start and the end of text;
         None keeps all. Ascending, because the causal order is the order of the kept tokens.
         """
+        x, words = self._embedded(tokens, kept)
+        tokens = tokens if kept is None else tokens.gather(1, kept)
+        # Under causal attention no word comes after padding, and a mask would only cost.
+        seen = None if self.causal else words
+        if self.pooling == "mean":
+            return mean_of(self.ln_final(self.transformer(x, seen=seen)), words)
+        return self.ln_final(self.transformer(x, seen=seen, at=self._pooled_at(tokens))[:, 0])
+
+    def tokens(self, tokens: Tensor) -> Tensor:
+        """(B, L, W): all positions after `ln_final`."""
+        x, words = self._embedded(tokens, None)
+        return self.ln_final(self.transformer(x, seen=None if self.causal else words))
+
+    def _embedded(self, tokens: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(B, L, W), what the first block is given, and where words are; None: everywhere."""
         length = tokens.shape[1]
         if length > self.context_length:
             raise ValueError(
@@ -90,12 +105,7 @@ class TextTransformer(nn.Module):
             tokens = tokens.gather(1, kept)
             position = F.embedding(kept, self.position)
         words = None if self.pad_id is None else not_padding(tokens, self.pad_id)
-        # Under causal attention no word comes after padding, and a mask would only cost.
-        seen = None if self.causal else words
-        x = self.token_embed(tokens) + position
-        if self.pooling == "mean":
-            return mean_of(self.ln_final(self.transformer(x, seen=seen)), words)
-        return self.ln_final(self.transformer(x, seen=seen, at=self._pooled_at(tokens))[:, 0])
+        return self.token_embed(tokens) + position, words
 
     def _pooled_at(self, tokens: Tensor) -> Tensor:
         """(B,) places."""
