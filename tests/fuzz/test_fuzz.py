@@ -35,6 +35,7 @@ from pipeline.tracking.page import read_rows
 from tests.conftest import picture
 from tests.fuzz.mutations import TEXT, edited
 
+pytestmark = pytest.mark.timeout(3600)  # a million inputs take half an hour of one core
 INPUTS = int(os.environ.get("FUZZ_INPUTS", 20_000))
 SECONDS, GIB = 1.0, 1.0
 # shares of the inputs: more for what is fast

@@ -3,6 +3,8 @@
 Letters: N pairs, D embedding width. All sums are in float64.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -27,7 +29,7 @@ def uniformity(embed: Tensor) -> float:
     squared = torch.pdist(embed).square()
     if not len(squared):
         raise ValueError(f"{len(embed)} rows: uniformity needs two")
-    return float((-2 * squared).logsumexp(0) - torch.tensor(float(len(squared))).log())
+    return float((-2 * squared).logsumexp(0) - math.log(len(squared)))
 
 
 def cross_uniformity(image_embed: Tensor, text_embed: Tensor) -> float:
@@ -39,7 +41,7 @@ def cross_uniformity(image_embed: Tensor, text_embed: Tensor) -> float:
     ).square()
     others = ~torch.eye(len(squared), dtype=torch.bool)
     values = -2 * squared[others]
-    return float(values.logsumexp(0) - torch.tensor(float(len(values))).log())
+    return float(values.logsumexp(0) - math.log(len(values)))
 
 
 def effective_rank(embed: Tensor) -> float:
