@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipeline.distributed import rank
 from pipeline.evals.feature_file import FeatureFile
 from pipeline.evals.task import Embedder, in_shares
 from pipeline.shards import records, write_table
@@ -63,7 +64,7 @@ class BlindPairs:
             parts.append(trained.image_embed(images, batch_size=self.batch_size))
         ours, theirs = torch.cat(parts), theirs[[place[uid] for uid in known]]
         found, cosines = blind_pairs(ours, theirs, near=self.near, far=self.far)
-        if self.out is not None:
+        if self.out is not None and rank() == 0:
             self._write(Path(self.out), known, found, cosines)
         images = float(len(found.unique()))
         return {"pairs": float(len(found)), "images": images, "share": images / len(known)}

@@ -155,6 +155,10 @@ def test_the_command_prints_and_writes(run, tmp_path_factory):
     assert set(written["metrics"]) == {
         f"eval/zero_shot/{metric}" for metric in ("top1", "top5", "mean_per_class_recall")
     }
+    for key, value in written["metrics"].items():
+        low, high = written["intervals"][key]
+        assert low <= value <= high
+    assert "95 % interval" in done.stdout
     assert written["checkpoint"].endswith("step-10.ckpt")
     assert (run / "eval" / "retrieval.json").exists()
 

@@ -126,6 +126,11 @@ def slurm() -> Iterator[Slurm]:
     """A cluster of one node with 8 (claimed) cores, partition `main`; skips with the reason."""
     if reason := reason_to_skip():
         pytest.skip(reason)
+    yield from running()
+
+
+def running() -> Iterator[Slurm]:
+    """The cluster, until the iterator goes on."""
     # not tmp_path: pytest's folders are private, and a socket's path has 107 bytes at most
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from pipeline.distributed import rank
 from pipeline.evals.geometry.cka import cka
 from pipeline.evals.geometry.gap import (
     alignment,
@@ -33,7 +34,8 @@ from pipeline.shards import write_atomically
 class Geometry:
     """data, split: pairs held out from training, as `Retrieval`'s.  max_pairs: the first so many;
     time and memory grow with its square: 2,000 take a second.
-    other: a file that an earlier evaluation left with `out`: CKA with that checkpoint.
+    other: a file that an earlier evaluation left with `out`: CKA with that checkpoint. The same
+        name as `out` compares each evaluation of a run with the one before.
     out: a safetensors file of the embeddings, and of mean and whitening matrix by modality.
     """
 
@@ -57,9 +59,10 @@ class Geometry:
         """`geometry_metrics` of the pairs, and image_cka, text_cka with `other`."""
         images, texts = self._projected(trained)
         found, kept = geometry_metrics(images, texts)
-        if self.other is not None:
+        first = self.other == self.out and not Path(self.other or "").exists()
+        if self.other is not None and not first:
             found |= against(Path(self.other), kept)
-        if self.out is not None:
+        if self.out is not None and rank() == 0:
             write_atomically(Path(self.out), safetensors.torch.save(kept))
         return found
 
