@@ -1,0 +1,42 @@
+"""A run that an older version began: what it did not write has what is now the default."""
+
+import torch
+from omegaconf import OmegaConf
+
+from pipeline.tracking.metrics import read_metrics
+
+# written by later versions than the first
+KEYS_OF_CONFIG = (
+    "allow_foreign_targets",
+    "callbacks",
+    "init",
+    "ema",
+    "max_skipped_steps",
+    "frozen",
+)
+KEYS_OF_CHECKPOINT = ("phase", "skipped_steps", "callbacks")
+
+
+def test_it_goes_on_to_the_same_weights(data, tmp_path, train):
+    train(data, tmp_path, "a")
+    run = tmp_path / "a"
+    older, newest = sorted((run / "checkpoints").glob("*.ckpt"))
+    whole = torch.load(newest, weights_only=True)["state_dict"]
+    losses = [row["train/loss"] for row in read_metrics(run)]
+    newest.unlink()
+
+    content = torch.load(older, weights_only=True)
+    for key in KEYS_OF_CHECKPOINT:
+        assert content.pop(key, None) is not None, key
+    torch.save(content, older)
+    config = OmegaConf.load(run / "config.yaml")
+    for key in KEYS_OF_CONFIG:
+        del config[key]
+    OmegaConf.save(config, run / "config.yaml")
+
+    done = train(data, tmp_path, "a")
+    assert f"continuing from {older}" in done.stderr
+    assert [row["train/loss"] for row in read_metrics(run)] == losses
+    again = torch.load(newest, weights_only=True)["state_dict"]
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
