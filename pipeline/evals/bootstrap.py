@@ -32,15 +32,12 @@ def mean(values: Tensor) -> Estimate:
 def mean_of_means(values: Tensor, groups: Tensor) -> Estimate:
     """The mean over groups of their mean, as in mean per-class recall.
 
-    values: (n,) of 0 and 1.  groups: (n,) int64. Items are drawn within their group, since another
-    sample of such a set has the same classes.
+    values: (n,).  groups: (n,) int64. Groups are drawn whole: within one of a single item nothing
+    could be drawn, and the interval would say that nothing is unsure.
     """
     _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
-    hits = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, group, values.double())
-    means = (hits / sizes).numpy()
-    rng = np.random.default_rng(SEED)
-    drawn = rng.binomial(sizes.numpy(), means, size=(RESAMPLES, len(means))) / sizes.numpy()
-    return Estimate(float(means.mean()), *_bounds(drawn.mean(axis=1), LEVEL))
+    sums = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, group, values.double())
+    return mean(sums / sizes)
 
 
 def interval(

@@ -50,13 +50,14 @@ def test_an_estimate_is_a_number():
     assert always.low == pytest.approx(always.high) == pytest.approx(0.4)
 
 
-def test_the_mean_over_classes_draws_within_them():
-    """A class of one item has no spread, and counts as much as the other."""
+def test_the_mean_over_classes_draws_classes():
     hits, labels = torch.tensor([1, 1, 0, 1, 0, 0, 1, 1, 1]), torch.tensor([7] + [2] * 8)
     found = mean_of_means(hits, labels)
     assert found == pytest.approx((1 + 5 / 8) / 2)
-    alone = interval(hits[1:])
-    assert (found.low, found.high) == pytest.approx([(1 + x) / 2 for x in alone], abs=0.02)
+    assert (found.low, found.high) == interval(torch.tensor([5 / 8, 1]).double())
+    # one item a class: the same as the items'
+    ones = mean_of_means(hits, torch.arange(9))
+    assert (ones.low, ones.high) == interval(hits) and ones.low < ones.high
 
 
 @pytest.mark.parametrize(
