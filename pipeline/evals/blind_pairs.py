@@ -92,13 +92,3 @@ def blind_pairs(
         rows.append(found + start)
         cosines.append(torch.stack([mine[tuple(found.T)], other[tuple(found.T)]], dim=1))
     return torch.cat(rows), torch.cat(cosines)
-
-
-def pair_accuracy(similarity: Tensor) -> Tensor:
-    """(P,) bool: both images go to their own statement (MMVP's benchmark; chance is a quarter).
-
-    similarity: (P, 2, 2), images by statements. Each statement is given to one of the two images,
-    by a softmax over the images; a tie is a miss.
-    """
-    own, cross = similarity.diagonal(dim1=1, dim2=2), similarity.flip(1).diagonal(dim1=1, dim2=2)
-    return (own > cross).all(dim=1)

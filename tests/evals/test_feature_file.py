@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.evals.blind_pairs import BlindPairs, blind_pairs, pair_accuracy
+from pipeline.evals.blind_pairs import BlindPairs, blind_pairs
 from pipeline.evals.feature_file import FeatureFile, write_features
 from pipeline.evals.trained import TrainedClip, weights_hash
 from pipeline.formats.features import Features
@@ -162,14 +162,3 @@ def test_the_task_finds_rows_by_uid(shards, trained, tmp_path):
     write_features(tmp_path / "other" / "a.parquet", [pa.table(columns).slice(1)], {"model": "x"})
     with pytest.raises(ValueError, match="no features of 1 pairs"):
         BlindPairs(**knobs).run(trained)
-
-
-def test_pairs_of_statements():
-    oracle = torch.eye(2).expand(5, 2, 2)
-    assert pair_accuracy(oracle).all()
-    assert not pair_accuracy(torch.zeros(3, 2, 2)).any()
-    # one of the two statements goes to the wrong image
-    assert not pair_accuracy(torch.tensor([[[1.0, 0.9], [0.5, 0.2]]])).any()
-    generator = torch.Generator().manual_seed(0)
-    share = pair_accuracy(torch.rand(40_000, 2, 2, generator=generator)).double().mean()
-    assert float(share) == pytest.approx(0.25, abs=0.01)
