@@ -69,7 +69,7 @@ def read_config(path: Path, *, allow_foreign_targets: bool) -> DictConfig:
     try:
         text = path.read_bytes()[: MAX_CONFIG + 1].decode()
         _refuse_growth(text)
-        config = OmegaConf.create(yaml.safe_load(text))
+        config = OmegaConf.create(text)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no config of a run: {error}") from error
     if not isinstance(config, DictConfig):

@@ -10,6 +10,7 @@ import io
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,17 @@ def picture(number: int, kind: str = "PNG", side: int = 24) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 255, (side, side, 3), dtype=np.uint8)
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, kind)
+    return sink.getvalue()
+
+
+def tar(files: dict[str, bytes]) -> bytes:
+    """A plain tar of these members."""
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
     return sink.getvalue()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.evals.bootstrap import mean, mean_of_means
 from pipeline.evals.labelled_parquet import labelled
+from pipeline.evals.labelled_part import Labelled
 from pipeline.evals.task import Embedder, in_shares
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # CLIP: 96 values of 1 / 1e-6 to 1 / 1e6
@@ -65,7 +66,7 @@ class LinearProbe:
             "strength": strength,
         }
 
-    def _features(self, trained: Embedder, split) -> tuple[np.ndarray, np.ndarray]:
+    def _features(self, trained: Embedder, split: Labelled) -> tuple[np.ndarray, np.ndarray]:
         """(I, W) float64 and (I,) labels."""
         features: list[Tensor] = []
         labels: list[int] = []

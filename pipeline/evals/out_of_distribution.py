@@ -5,20 +5,14 @@ Letters: I images of known classes, O of unknown ones, C known classes.
 
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.evals.labelled_parquet import labelled
+from pipeline.evals.labelled_part import Labelled
 from pipeline.evals.task import Embedder, in_shares
 from pipeline.evals.zero_shot import ZeroShot
-
-
-class Counted(Protocol):
-    """A labelled set's names."""
-
-    def class_names(self) -> list[str]: ...
 
 
 class OutOfDistribution:
@@ -85,7 +79,7 @@ class OutOfDistribution:
         return found
 
 
-def parted(images: Counted, held_out: float, seed: int) -> tuple[list[str], list[str]]:
+def parted(images: Labelled, held_out: float, seed: int) -> tuple[list[str], list[str]]:
     """(known, unknown) class names: the share `held_out` with the smallest hashes is unknown."""
     names = images.class_names()
     unique = [name for name in names if names.count(name) == 1]

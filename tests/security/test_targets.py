@@ -120,3 +120,10 @@ def test_a_config_is_values(text, words, tmp_path):
     path.write_bytes(text.encode(errors="surrogatepass"))
     with pytest.raises(ValueError, match=words):
         read_config(path, allow_foreign_targets=False)
+
+
+def test_numbers_of_a_run_are_read_as_hydra_reads_them(tmp_path):
+    """YAML 1.1 alone takes 1e-3 for a word."""
+    (tmp_path / "config.yaml").write_text("lr: 1e-3\nwords: [on, 0x1]\n")
+    found = read_config(tmp_path / "config.yaml", allow_foreign_targets=False)
+    assert found.lr == 0.001 and isinstance(found.lr, float)

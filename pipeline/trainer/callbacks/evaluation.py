@@ -42,7 +42,7 @@ class Evaluation(pl.Callback):
         seen, before = phase.samples_at(step), phase.samples_at(step - 1)
         if seen // self.every_samples == before // self.every_samples and step < trainer.max_steps:
             return
-        config, was_training = phase.config, pl_module.training
+        config, modes = phase.config, [(m, m.training) for m in pl_module.model.modules()]
         trained = TrainedClip(
             model=pl_module.model,
             tokenizer=build(config.tokenizer, **shortened(config)),
@@ -52,6 +52,7 @@ class Evaluation(pl.Callback):
         row: dict[str, float] = {"samples_seen": seen}
         for name, task in self.tasks.items():
             row |= {key: float(value) for key, value in run_task(name, task, trained).items()}
-        pl_module.train(was_training)
+        for module, mode in modes:  # one by one: an averaged tower may have its own
+            module.training = mode
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
