@@ -33,7 +33,7 @@ from pipeline.shards import write_atomically
 
 class Geometry:
     """data, split: pairs held out from training, as `Retrieval`'s.  max_pairs: the first so many;
-    time and memory grow with its square: 2,000 take a second.
+    time and memory grow with its square: 2,000 take two seconds.
     other: a file that an earlier evaluation left with `out`: CKA with that checkpoint. The same
         name as `out` compares each evaluation of a run with the one before.
     out: a safetensors file of the embeddings, and of mean and whitening matrix by modality.
