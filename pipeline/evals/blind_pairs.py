@@ -62,6 +62,8 @@ class BlindPairs:
             known += [record.uid for record in batch]
             images = [record.image for record in batch]
             parts.append(trained.image_embed(images, batch_size=self.batch_size))
+        if not known:
+            raise ValueError(f"{self.data}: no pairs")
         ours, theirs = torch.cat(parts), theirs[[place[uid] for uid in known]]
         found, cosines = blind_pairs(ours, theirs, near=self.near, far=self.far)
         if self.out is not None and rank() == 0:

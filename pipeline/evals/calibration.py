@@ -85,7 +85,7 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15
 def temperature(logits: Tensor, labels: Tensor) -> float:
     """What logits are divided by for the least mean NLL; 1 where nothing is lower.
 
-    The NLL is convex in the inverse of the temperature, so a search by bisection finds it.
+    The NLL is convex in the inverse of the temperature, so it has one minimum.
     """
 
     def loss(log_inverse: float) -> float:

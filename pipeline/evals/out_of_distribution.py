@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pipeline.evals.labelled_parquet import labelled
 from pipeline.evals.labelled_part import Labelled
-from pipeline.evals.task import Embedder, in_shares
-from pipeline.evals.zero_shot import ZeroShot
+from pipeline.evals.task import Embedder
+from pipeline.evals.zero_shot import ZeroShot, cosines
 
 
 class OutOfDistribution:
@@ -56,15 +56,11 @@ class OutOfDistribution:
 
     def run(self, trained: Embedder) -> dict[str, float]:
         """{mcm,cosine}_{auroc,fpr95}, and the number of images of each kind."""
-        inside, _ = self.known.scores(trained)
         class_embed = self.known.class_embed(trained)
-        parts = []
-        for batch in in_shares(self.unknown.images.samples(), self.batch_size):
-            embed = trained.image_embed([i for i, _ in batch], batch_size=self.batch_size)
-            parts.append(embed @ class_embed.T)
-        if not parts:
-            raise ValueError(f"{self.unknown.images.directory}: no image of an unknown class")
-        outside = torch.cat(parts)
+        inside, outside = (
+            cosines(trained, part.images, class_embed, self.batch_size)[0]
+            for part in (self.known, self.unknown)
+        )
         scale = trained.logit_scale if self.temperature is None else 1 / self.temperature
         found = {"known_images": float(len(inside)), "unknown_images": float(len(outside))}
         for name, score in (

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize, one_hot
 from pipeline.evals.bootstrap import mean_of_means
 from pipeline.evals.labelled_images import prompt
 from pipeline.evals.labelled_parquet import labelled
-from pipeline.evals.labelled_part import LabelledPart
+from pipeline.evals.labelled_part import Labelled, LabelledPart
 from pipeline.evals.ranking import ranks, recall
 from pipeline.evals.task import Embedder, in_shares
 
@@ -49,18 +49,8 @@ class ZeroShot:
         return classification_metrics(*self.scores(trained))
 
     def scores(self, trained: Embedder) -> tuple[Tensor, Tensor]:
-        """(I, C) cosines of the images and the classes, and (I,) int64 labels."""
-        class_embed = self.class_embed(trained)
-        scores, labels = [], []
-        for batch in in_shares(self.images.samples(), self.batch_size):
-            image_embed = trained.image_embed(
-                [image for image, _ in batch], batch_size=self.batch_size
-            )
-            scores.append(image_embed @ class_embed.T)
-            labels += [label for _, label in batch]
-        if not labels:
-            raise ValueError(f"{self.images.directory}: no images in split {self.images.split}")
-        return torch.cat(scores), torch.tensor(labels)
+        """`cosines` of the split's images and the classes."""
+        return cosines(trained, self.images, self.class_embed(trained), self.batch_size)
 
     def class_embed(self, trained: Embedder) -> Tensor:
         """(C, D) unit norm: the mean of the T unit-norm prompt embeddings, normalised again."""
@@ -71,6 +61,23 @@ class ZeroShot:
             text_embed = trained.text_embed(prompts, batch_size=self.batch_size)
             classes.append(text_embed.unflatten(0, (len(names), len(templates))).mean(dim=1))
         return normalize(torch.cat(classes), dim=-1)
+
+
+def cosines(
+    trained: Embedder, images: Labelled, class_embed: Tensor, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """(I, C) cosines of a set's images and the (C, D) classes, and the (I,) int64 labels.
+
+    Raises ValueError for a set without images.
+    """
+    scores, labels = [], []
+    for batch in in_shares(images.samples(), batch_size):
+        image_embed = trained.image_embed([image for image, _ in batch], batch_size=batch_size)
+        scores.append(image_embed @ class_embed.T)
+        labels += [label for _, label in batch]
+    if not labels:
+        raise ValueError(f"{images.directory}: no images in split {images.split}")
+    return torch.cat(scores), torch.tensor(labels)
 
 
 def classification_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
