@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pipeline.evals.ranking import ranks
-from pipeline.evals.task import Embedder, in_shares
+from pipeline.evals.task import Embedder
 from pipeline.evals.zero_shot import ZeroShot
 from pipeline.shards import read_manifest
 
@@ -42,22 +42,14 @@ class ByFrequency:
     ) -> None:
         self.zero_shot = ZeroShot(data=data, split=split, batch_size=batch_size)
         self.counts = Path(counts)
-        self.batch_size = batch_size
 
     def run(self, trained: Embedder) -> dict[str, float]:
         """`frequency_metrics` of the split."""
         names = self.zero_shot.images.class_names()
         counts = class_counts(self.counts, names)
-        class_embed = self.zero_shot.class_embed(trained)
-        places, labels = [], []
-        for batch in in_shares(self.zero_shot.images.samples(), self.batch_size):
-            embed = trained.image_embed([image for image, _ in batch], batch_size=self.batch_size)
-            own = torch.tensor([label for _, label in batch])
-            places.append(ranks(embed @ class_embed.T, one_hot(own, len(names)).bool()))
-            labels.append(own)
-        if not labels:
-            raise ValueError(f"{self.zero_shot.images.directory}: no images in the split")
-        return frequency_metrics(torch.cat(places), torch.cat(labels), torch.tensor(counts))
+        scores, labels = self.zero_shot.scores(trained)
+        places = ranks(scores, one_hot(labels, len(names)).bool())
+        return frequency_metrics(places, labels, torch.tensor(counts))
 
 
 def class_counts(source: Path, names: Sequence[str]) -> list[int]:
