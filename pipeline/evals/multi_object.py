@@ -24,12 +24,15 @@ SINGLE, BOTH = "a photo of {c}", "a photo of {c} and {d}"
 
 
 class Scene(NamedTuple):
-    """Two classes, a third that is not shown, and an image of each of the two."""
+    """Two classes, a third that is not shown, an image of each of the two, and on which side of the
+    picture the larger object stands.
+    """
 
     first: str
     second: str
     other: str
     images: tuple[bytes, bytes]
+    large_left: bool
 
 
 class MultiObject:
@@ -94,7 +97,7 @@ class MultiObject:
             "reverse_wrong_second": [both(s.other, s.first) for s in scenes],
         }
         text = {name: trained.text_embed(t, batch_size=size) for name, t in texts.items()}
-        pictures = [composed(s.images, self.side, (self.large, self.small)) for s in scenes]
+        pictures = [self._picture(scene) for scene in scenes]
         picture = trained.image_embed(pictures, batch_size=size)
         large, small = (
             trained.image_embed(
@@ -115,6 +118,11 @@ class MultiObject:
             "match_small_first": match("reverse_"),
         }
 
+    def _picture(self, scene: Scene) -> bytes:
+        """Both objects, the first one large."""
+        step = 1 if scene.large_left else -1
+        return composed(scene.images[::step], self.side, (self.large, self.small)[::step])
+
     def scenes(self) -> list[Scene]:
         """Each class beside another, and a third, in an order drawn from the seed."""
         names, images = self.images.class_names(), {}
@@ -132,7 +140,8 @@ class MultiObject:
             if other == first:
                 other = known[(at + step + 2) % len(known)]
             trio = [names[label] for label in (first, second, other)]
-            found.append(Scene(*trio, (images[first], images[second])))
+            # left in one half of the pairs, or a bias of place would look like one of size
+            found.append(Scene(*trio, (images[first], images[second]), number % 2 == 0))
         return found
 
 
@@ -156,7 +165,7 @@ def composed(images: tuple[bytes, ...], side: int, shares: tuple[float, ...]) ->
 
 
 def _turned(scene: Scene) -> Scene:
-    return Scene(scene.second, scene.first, scene.other, scene.images[::-1])
+    return scene._replace(first=scene.second, second=scene.first, images=scene.images[::-1])
 
 
 def _won(asked: Tensor, first: Tensor, second: Tensor) -> Tensor:

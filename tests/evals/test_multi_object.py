@@ -85,6 +85,24 @@ def test_a_first_token_encoder_keeps_the_first(data):
     assert found["match_large_first"] == 0
 
 
+def test_an_encoder_that_sees_the_left_half_alone_shows_no_bias_of_size(data):
+    class Left(Planted):
+        def image_embed(self, images, *, batch_size=256):
+            halves = []
+            for image in images:
+                picture = decode(image)
+                found = np.asarray(picture)
+                columns = np.flatnonzero((found != 255).any((0, 2)))  # where anything stands
+                sink = io.BytesIO()
+                left = int(columns[0])
+                picture.crop((left, 0, left + 8, picture.height)).save(sink, "PNG")
+                halves.append(sink.getvalue())
+            return super().image_embed(halves)
+
+    found = MultiObject(data=data, side=64, pairs=14).run(Left(bag, seen))
+    assert found["image_large"] == 0.5
+
+
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
 def test_an_area_weighted_encoder_keeps_the_larger(data, power):
     found = MultiObject(data=data, side=64, pairs=15).run(Planted(bag, lambda area: area**power))
