@@ -4,6 +4,7 @@ A training run that names the artifact as its input then shows which selection i
 default: `wandb sync` sends it later.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -47,8 +48,9 @@ class WandbDataset:
                         run.summary[f"curation/{step['name']}/{reason}"] = dropped
             run.summary["curation/pairs"] = manifest["num_samples"]
             run.log({"curation/steps": table})
-            artifact = wandb.Artifact(
-                f"dataset-{out.name}",
+            # As a training run names it (pipeline/tracking/lineage.py): the manifest alone.
+            dataset = wandb.Artifact(
+                re.sub(r"[^\w.-]", "-", f"dataset-{out.resolve().name}", flags=re.ASCII),
                 type="dataset",
                 metadata={
                     "selection": manifest["selection"],
@@ -57,6 +59,6 @@ class WandbDataset:
                     "read": card["read"],
                 },
             )
-            for name in ("manifest.json", "card.json", "report.html"):
-                artifact.add_file(str(out / name))
-            run.log_artifact(artifact)
+            dataset.add_file(str(out / "manifest.json"))
+            run.log_artifact(dataset)
+            run.log({"curation/report": wandb.Html((out / "report.html").read_text())})

@@ -117,6 +117,8 @@ class EvaluateConfig:
     devices: int = 1  # processes on a node; each embeds its share
     num_nodes: int = 1
     eval: dict[str, Any] = field(default_factory=dict)  # tasks by name
+    features: str | None = None  # folder of embeddings that commands leave for each other
+    track: Any = None  # where the numbers are registered, beside <out>
     allow_foreign_targets: bool = False  # whether a config may call what is not ours
 
 

@@ -2,6 +2,8 @@
 
     python -m pipeline.evaluate run=runs/demo eval=emoji
     python -m pipeline.evaluate run=runs/demo eval=emoji devices=8    # the same numbers, sooner
+    python -m pipeline.evaluate run=runs/demo eval=emoji features=DIR  # embeds only what is new
+    python -m pipeline.evaluate run=runs/demo eval=emoji track=evaluation  # and in W&B
 
 Each process embeds its share; srun and torchrun may have started them. Prints a table, writes
 <run>/eval/<task>.json (or out=DIR) and returns {"eval/<task>/<metric>": x}.
@@ -21,6 +23,7 @@ from rich.table import Table
 from pipeline.config import CONF, build, check, user_errors
 from pipeline.distributed import barrier, rank
 from pipeline.evals.bootstrap import Estimate
+from pipeline.evals.remembered import Remembered
 from pipeline.evals.task import run_task
 from pipeline.evals.trained import TrainedClip
 from pipeline.shards import write_json
@@ -35,6 +38,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if not tasks:
         raise ValueError("no tasks: give eval=NAME, one of conf/eval")
     device = processes(config)
+    track = build(config.track) if config.track else None
     trained = TrainedClip.load(
         config.run,
         checkpoint=config.checkpoint,
@@ -42,13 +46,17 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         device=device,
         allow_foreign_targets=config.allow_foreign_targets,
     )
+    embedder = Remembered(trained, directory=config.features)
     numbers: dict[str, float] = {}
     for name, task in tasks.items():
         log.info("%s of %s", name, trained.checkpoint)
-        found = run_task(name, task, trained)
+        found = run_task(name, task, embedder)
+        embedder.keep()
         if rank() == 0:
             write_json(out / f"{name}.json", results(trained, found))
         numbers |= found
+    if track is not None and rank() == 0:
+        track.log(Path(config.run), trained.checkpoint, numbers)
     barrier()  # the launcher ends the others with the first
     return numbers
 

@@ -24,7 +24,8 @@ stage() { # stage NAME COMMAND...: run it, and add its seconds to the books
 }
 train() { # train NAME SHARDS SEED
   python -m pipeline.train recipe=emoji name="$1" runs_dir="$OUT" data.shards="$2" seed="$3" \
-    tokenizer.path="$OUT/tokenizer" samples_seen="$SAMPLES" schedule.warmup_samples=$((SAMPLES / 10))
+    tokenizer.path="$OUT/tokenizer" samples_seen="$SAMPLES" schedule.warmup_samples=$((SAMPLES / 10)) \
+    'callbacks=[default,pictures]' callbacks.pictures.every_samples=$((SAMPLES / 2))
 }
 evaluate() { # evaluate NAME
   python -m pipeline.evaluate run="$OUT/$1" eval=emoji

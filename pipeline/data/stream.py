@@ -127,9 +127,9 @@ class _Samples(torch.utils.data.Dataset):
 class ShardStream:
     """An endless, exactly resumable stream of local batches.
 
-    Each batch: what the transform stacks (images (B, 3, S, S) uint8), tokens (B, L) int64, uids,
-    first (global position of its first pair), bad (pairs that could not be used; the same place of
-    the next batch stood in) and bad_reasons.
+    Each batch: what the transform stacks (images (B, 3, S, S) uint8), tokens (B, L) int64,
+    captions, uids, first (global position of its first pair), bad (pairs that could not be used;
+    the same place of the next batch stood in) and bad_reasons.
     State: `position`, the number of global pairs already delivered. An epoch has no remainder: a
     batch may span two. A mixture has one endless epoch.
     shards: a directory of ours, a URL of one, or foreign tars (see sources.py); or
@@ -236,6 +236,7 @@ class ShardStream:
         return {
             **self.samples.transform.stacked(images),
             "tokens": self.tokenizer(captions),
+            "captions": list(captions),
             "uids": list(uids),
             "bad": len(bad),
             "bad_reasons": bad,

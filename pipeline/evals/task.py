@@ -6,6 +6,7 @@ Dashboard keys are `eval/<task>/<metric>`; the x-axis is samples_seen. A task is
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -31,7 +32,12 @@ class Embedder(Protocol):
 
 
 class Projector(Protocol):
-    """The same before the norm is made 1."""
+    """The same before the norm is made 1.
+
+    checkpoint: the file of the weights, None for a model of no file.
+    """
+
+    checkpoint: Path | None
 
     def image_projected(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor: ...
 

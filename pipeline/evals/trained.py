@@ -90,7 +90,7 @@ class TrainedClip:
     @property
     def logit_scale(self) -> float:
         """What a cosine is multiplied by before the softmax."""
-        return float(self.model.logit_scale)
+        return float(self.model.logit_scale.detach())
 
     def image_embed(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor:
         """(n, D) float32 on the CPU, unit norm. Raises ValueError for bytes that are no image."""

@@ -22,7 +22,6 @@ from pipeline.shards import read_manifest, write_atomically
 from pipeline.tracking.panels import SECTIONS, X_AXIS, Panel
 
 MOST_POINTS = 1500  # of a curve; a longer one is drawn by the mean of so many pieces
-PICTURES = 24
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2730 }
 body { max-width: 1080px; margin: 2em auto; padding: 0 1em }
@@ -240,13 +239,18 @@ def curation(config: DictConfig) -> list[str]:
 
 
 def media(run: Path) -> list[str]:
-    """Pictures that callbacks have left, each with its file name's words."""
+    """The newest picture of each kind: files are SAMPLES-WHAT.png (callbacks/pictures.py)."""
+    newest: dict[str, tuple[int, Path]] = {}
+    for path in (run / "media").glob("*.png"):
+        samples, _, what = path.stem.partition("-")
+        if samples.isdigit() and what:
+            newest[what] = max(newest.get(what, (-1, path)), (int(samples), path))
     found = []
-    for path in sorted((run / "media").glob("*.png"))[-PICTURES:]:
+    for what, (samples, path) in sorted(newest.items()):
         data = base64.b64encode(path.read_bytes()).decode()
-        words = html.escape(path.stem.replace("-", " "))
+        words = f"{html.escape(what.replace('-', ' '))}, after {samples:,} pairs"
         found.append(
-            f"<figure><img src='data:image/png;base64,{data}'><figcaption>{words}</figcaption>"
+            f"<figure><figcaption>{words}</figcaption><img src='data:image/png;base64,{data}'>"
             "</figure>"
         )
     return ["<h2>Pictures</h2>", *found] if found else []

@@ -40,6 +40,12 @@ class SteadyWandb(WandbLogger):
         with self.steady():
             super().log_metrics(metrics, step)
 
+    def picture(self, key: str, path: Path, samples_seen: int) -> None:
+        """A file with a picture, at its place on the axis."""
+        with self.steady():
+            row = {key: wandb.Image(str(path)), "samples_seen": samples_seen}
+            self.experiment.log(row)
+
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any) -> None:
         with self.steady():
             super().log_hyperparams(params)

@@ -149,14 +149,30 @@ class Checkpoints(pl.Callback):
 
     def save(self, trainer: pl.Trainer) -> Path:
         """Write the step that has just ended; called on every rank."""
-        path = self.directory / f"step-{trainer.global_step:08d}.ckpt"
+        path = self.path(trainer)
         for logger in trainer.loggers:
             logger.save()  # rows up to here are not written again
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             for old in sorted(self.directory.glob("step-*.ckpt"))[: -self.keep]:
                 old.unlink()
+            self._forget_companions()
         return path
+
+    def path(self, trainer: pl.Trainer) -> Path:
+        """The file of the step that has just ended, whether or not it is written."""
+        return self.directory / f"step-{trainer.global_step:08d}.ckpt"
+
+    def _forget_companions(self) -> None:
+        """Files that an evaluation left beside checkpoints which are gone."""
+        for file in self.directory.glob("step-*.geometry.safetensors"):
+            if not (self.directory / f"{file.name.partition('.')[0]}.ckpt").exists():
+                file.unlink()
+
+
+def checkpoint_of(trainer: pl.Trainer) -> Path | None:
+    """Where the step that has just ended is written, if it is."""
+    return next((c.path(trainer) for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
 
 
 def newest_of(trainer: pl.Trainer) -> Path | None:

@@ -11,6 +11,7 @@ import pytest
 from curation.run import run
 from pipeline.check import composed
 from pipeline.shards import read_manifest
+from pipeline.tracking.lineage import dataset_artifact
 
 STEPS = (
     "+annotate@annotate.hashes=hashes",
@@ -98,7 +99,10 @@ def test_the_card_counts_before_and_after(dirty, tmp_path):
 def test_the_dataset_is_logged_to_wandb(dirty, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     curate(dirty, tmp_path / "out", "track=wandb")
-    wanted = (b"dataset-out", b"curation/steps", b"frequent_caption")
+    # the artifact that a training run on these shards says it uses
+    dataset = dataset_artifact(tmp_path / "out")
+    names = (dataset.name, dataset.digest, "curation/steps", "frequent_caption", "curation/report")
+    wanted = [name.encode() for name in names]
     until = time.monotonic() + 30  # W&B's own process writes the file a little later
     content = b""
     while not all(word in content for word in wanted) and time.monotonic() < until:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score, ndcg_score
 from torch.nn.functional import normalize
 
@@ -27,6 +28,7 @@ from pipeline.evals.geometry.schur import schur_complement, spectral_entropy, wi
 from pipeline.evals.geometry.whitening import Whitening
 from pipeline.evals.trained import TrainedClip
 from pipeline.shards import Record, write_manifest, write_shard
+from pipeline.trainer.checkpoints import Checkpoints
 
 
 def normal(*shape, seed=0):
@@ -311,3 +313,17 @@ def test_what_cannot_be_compared(pairs, tiny_run, tmp_path):
         Geometry(data=pairs, other=str(tmp_path / "a")).run(trained)
     with pytest.raises(ValueError, match=r"not left by eval\.geometry\.out"):
         Geometry(data=pairs, other=str(tmp_path / "no")).run(trained)
+
+
+def test_whitening_lies_beside_its_checkpoint_and_goes_with_it(pairs, tmp_path, run):
+    trained = TrainedClip.load(run, device="cpu")
+    Geometry(data=pairs, out="beside").run(trained)
+    (file,) = (run / "checkpoints").glob("*.geometry.safetensors")
+    assert file.name == "step-10.geometry.safetensors"
+    assert load_file(file)["image_whitening"].shape == (12, 12)
+    callback = Checkpoints(directory=run / "checkpoints", every_steps=1, keep=1)
+    callback._forget_companions()
+    assert file.exists()
+    trained.checkpoint.unlink()
+    callback._forget_companions()
+    assert not file.exists()

@@ -37,6 +37,7 @@ class Geometry:
     other: a file that an earlier evaluation left with `out`: CKA with that checkpoint. The same
         name as `out` compares each evaluation of a run with the one before.
     out: a safetensors file of the embeddings, and of mean and whitening matrix by modality.
+        "beside": STEP.geometry.safetensors beside the checkpoint STEP.ckpt, and gone with it.
     """
 
     def __init__(
@@ -62,9 +63,17 @@ class Geometry:
         first = self.other == self.out and not Path(self.other or "").exists()
         if self.other is not None and not first:
             found |= against(Path(self.other), kept)
-        if self.out is not None and rank() == 0:
-            write_atomically(Path(self.out), safetensors.torch.save(kept))
+        out = self._out(trained)
+        if out is not None and rank() == 0:
+            write_atomically(out, safetensors.torch.save(kept))
         return found
+
+    def _out(self, trained: Projector) -> Path | None:
+        if self.out != "beside":
+            return Path(self.out) if self.out is not None else None
+        if trained.checkpoint is None:
+            return None  # a model of no file
+        return trained.checkpoint.with_suffix(".geometry.safetensors")
 
     def _projected(self, trained: Projector) -> tuple[Tensor, Tensor]:
         images, texts = [], []

@@ -25,26 +25,25 @@ class Whitening:
 
     @classmethod
     def of(cls, features: Tensor, *, shrinkage: float | None = None) -> "Whitening":
-        """features: (N, D), N >= 2. shrinkage: None for 0 if N > D, else 0.1: fewer rows than
-        dimensions have directions without any variance, and no inverse. In [0, 1].
+        """features: (N, D), N >= 2. shrinkage: in [0, 1]; None for 0 where the covariance has an
+        inverse, else 0.1: fewer rows than dimensions, or a model that has hardly been trained, have
+        directions without any variance. Raises ValueError where there is no inverse.
         """
         rows, width = features.shape
         if rows < 2:
             raise ValueError(f"{rows} rows have no covariance: need 2, better 10 times {width}")
-        if shrinkage is None:
-            shrinkage = 0.0 if rows > width else 0.1
         x = features.double()
         mean = x.mean(0)
         covariance = (x - mean).T @ (x - mean) / (rows - 1)
         target = covariance.diagonal().mean() * torch.eye(width, dtype=torch.float64)
-        covariance = (1 - shrinkage) * covariance + shrinkage * target
-        values, vectors = torch.linalg.eigh(covariance)
-        if float(values[0]) <= float(values[-1]) * 1e-12:
-            raise ValueError(
-                f"the covariance of {rows} rows of width {width} has no inverse: give more rows, "
-                "or a shrinkage above 0"
-            )
-        return cls(mean, vectors * values.rsqrt(), shrinkage)
+        for share in (0.0, 0.1) if shrinkage is None else (shrinkage,):
+            values, vectors = torch.linalg.eigh((1 - share) * covariance + share * target)
+            if float(values[0]) > float(values[-1]) * 1e-12:
+                return cls(mean, vectors * values.rsqrt(), share)
+        raise ValueError(
+            f"the covariance of {rows} rows of width {width} has no inverse: give more rows, or a "
+            "shrinkage above 0"
+        )
 
     def __call__(self, features: Tensor) -> Tensor:
         """(N, D) float64 whitened."""

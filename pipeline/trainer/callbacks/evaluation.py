@@ -7,8 +7,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from pipeline.config import build
+from pipeline.evals.remembered import Remembered
 from pipeline.evals.task import Task, run_task
 from pipeline.evals.trained import TrainedClip, shortened
+from pipeline.trainer.checkpoints import checkpoint_of
 
 
 class Evaluation(pl.Callback):
@@ -48,10 +50,12 @@ class Evaluation(pl.Callback):
             tokenizer=build(config.tokenizer, **shortened(config)),
             transform=pl_module.transform,
             device=pl_module.device,
+            checkpoint=checkpoint_of(trainer),  # to be written at this step, or not
         )
+        embedder = Remembered(trained)
         row: dict[str, float] = {"samples_seen": seen}
         for name, task in self.tasks.items():
-            row |= {key: float(value) for key, value in run_task(name, task, trained).items()}
+            row |= {key: float(value) for key, value in run_task(name, task, embedder).items()}
         for module, mode in modes:  # one by one: an averaged tower may have its own
             module.training = mode
         for logger in trainer.loggers:

@@ -1,0 +1,119 @@
+"""Pictures of a step's batch while a run goes on: for the run's page and for W&B."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pipeline.config import build
+from pipeline.evals.trained import shortened
+from pipeline.shards import whole_file
+from pipeline.tracking.pictures import (
+    kept_patches_sheet,
+    negatives_sheet,
+    retrieval_sheet,
+    seen_only,
+)
+from pipeline.tracking.wandb import SteadyWandb
+
+log = logging.getLogger(__name__)
+
+
+class Pictures(pl.Callback):
+    """every_samples: pairs between two sets of pictures, to the next whole step; also at the end.
+    pairs: of rank 0's batch that are looked at.
+
+    runs/N/media/SAMPLES-WHAT.png: `retrieval` (captions nearest to images), `nearest-negatives`
+    (what the loss pushes apart, the likeliest false negatives first), `kept-patches` (where image
+    tokens are dropped). Embedded without dropping, in evaluation mode, by rank 0 alone; the run
+    stays the same to the bit. For one process and DDP.
+    Price: a forward of `pairs`, and two seconds of drawing, each time.
+    """
+
+    def __init__(self, *, every_samples: int, pairs: int = 128) -> None:
+        if every_samples < 1 or pairs < 2:
+            raise ValueError(
+                f"callbacks.pictures: every_samples={every_samples}, pairs={pairs}: at least 1 "
+                "and 2"
+            )
+        self.every_samples, self.pairs = every_samples, pairs
+        self.kept: Tensor | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise ValueError(
+                f"callbacks.pictures with {type(trainer.strategy).__name__}, which keeps weights "
+                "in pieces: callbacks.pictures=null"
+            )
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Which patches this step keeps is known before it alone: its number goes up with it."""
+        if self._due(trainer, pl_module, trainer.global_step + 1):
+            self.kept = pl_module.inputs(batch)[2]
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if not self._due(trainer, pl_module, trainer.global_step):
+            return
+        kept, self.kept = self.kept, None
+        seen = pl_module.phase.samples_at(trainer.global_step)
+        sheets = self._sheets(pl_module, batch, kept)
+        folder = Path(trainer.default_root_dir) / "media"
+        for name, sheet in sheets.items():
+            path = folder / f"{seen:012d}-{name}.png"
+            try:
+                with whole_file(path) as file:
+                    sheet.savefig(file, format="png", dpi=80)
+            except (OSError, ValueError) as error:  # a full disk: no reason to end
+                log.warning("%s is not written: %s", path, error)
+                return
+            for logger in trainer.loggers:
+                if isinstance(logger, SteadyWandb):
+                    logger.picture(f"media/{name}", path, seen)
+
+    def _due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> bool:
+        phase = pl_module.phase
+        passed = phase.samples_at(step) // self.every_samples
+        before = phase.samples_at(step - 1) // self.every_samples
+        return trainer.is_global_zero and (passed > before or step >= trainer.max_steps)
+
+    @torch.inference_mode()
+    def _sheets(
+        self, pl_module: pl.LightningModule, batch: Any, kept: Tensor | None
+    ) -> dict[str, Figure]:
+        model, config = pl_module.model, pl_module.phase.config
+        pixels = batch["images"][: self.pairs]
+        if pixels.ndim == 5:  # views of an image: the first
+            pixels = pixels[:, 0]
+        captions = batch["captions"][: self.pairs]
+        tokenizer = build(config.tokenizer, **shortened(config))
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        image_embed = model.encode_image(pl_module.transform.normalise(pixels))
+        text_embed = model.encode_text(tokenizer(captions).to(pl_module.device))
+        for module, mode in modes:
+            module.training = mode
+        similarity, pixels = (image_embed @ text_embed.T).float().cpu(), pixels.cpu()
+        sheets = {
+            "retrieval": retrieval_sheet(pixels, captions, similarity),
+            "nearest-negatives": negatives_sheet(pixels, captions, similarity),
+        }
+        if kept is not None:
+            own = (kept[:, 0] if kept.ndim == 3 else kept).cpu()
+            patches = model.image.num_tokens
+            paled = [seen_only(x, rows, patches) for x, rows in zip(pixels, own, strict=False)]
+            sheets["kept-patches"] = kept_patches_sheet(paled)
+        return sheets
