@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from pipeline.shards import write_atomically, write_json
+
 
 class HfTokenizer:
     """Captions to a fixed-length batch of token ids, as the file's own rules have it.
@@ -47,6 +49,20 @@ class HfTokenizer:
         for row, encoding in zip(tokens, encoded, strict=True):
             row[: len(encoding.ids)] = torch.tensor(encoding.ids)
         return tokens
+
+    def save(self, directory: str | Path) -> None:
+        """Write what transformers' AutoTokenizer loads; it pads to context_length, as here, with
+        padding="max_length".
+        """
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": self._tokenizer.id_to_token(self.pad_id),
+            "model_max_length": self.context_length,
+            "padding_side": "right",
+            "model_input_names": ["input_ids"],
+        }
+        write_atomically(Path(directory) / "tokenizer.json", self._tokenizer.to_str().encode())
+        write_json(Path(directory) / "tokenizer_config.json", config)
 
 
 def _pad_id(tokenizer: Tokenizer, path: str) -> int:

@@ -48,7 +48,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A CLIP of two transformers, in numbers. `eot` is the token the text tower pools at."""
+    """A CLIP of two transformers, in numbers. eot: the tokenizer's end of text, if it has one."""
 
     image: Tower
     text: Tower
@@ -57,32 +57,39 @@ class Architecture:
     vocab_size: int
     context_length: int
     embed_dim: int
-    eot: int
+    eot: int | None
 
 
 def describe(
-    trained: TrainedClip, *, format: str, able_image: Able, able_text: Able
+    trained: TrainedClip,
+    *,
+    format: str,
+    able_image: Able,
+    able_text: Able,
+    usual: tuple[Mapping[str, Any], Mapping[str, Any]] = (CLIPS_IMAGE, CLIPS_TEXT),
+    tokenizer: type = BpeTokenizer,
 ) -> Architecture:
     """The architecture of a model of ours.
 
-    able_image, able_text: the options beside CLIP's that `format` can express, see traits.refuse.
-    Raises ValueError, naming the part, for any other: only our two transformers and a byte-pair
-    tokenizer have a place there.
+    usual: options of both towers that `format` has; able_image, able_text: those beside them that
+    it can express, see traits.refuse.
+    Raises ValueError, naming the part, for any other: only our two transformers and a tokenizer of
+    that class have a place there.
     """
-    model, tokenizer = trained.model, trained.tokenizer
+    model, words = trained.model, trained.tokenizer
     if type(model) is not ViewsCLIP:  # which encodes one image and one text as CLIP does
         _needs(model, CLIP, format, "model")
     _needs(model.image, VisionTransformer, format, "model.image")
     _needs(model.text, TextTransformer, format, "model.text")
-    _needs(tokenizer, BpeTokenizer, format, "tokenizer")
-    if tokenizer.vocab_size > model.text.vocab_size:
+    _needs(words, tokenizer, format, "tokenizer")
+    if words.vocab_size > model.text.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, model.text only "
+            f"the tokenizer has {words.vocab_size} ids, model.text only "
             f"{model.text.vocab_size}: this run's tokenizer was changed after training"
         )
     image, text = image_traits(model.image), text_traits(model.text)
-    refuse(image, CLIPS_IMAGE, able_image, format=format, part="model.image")
-    refuse(text, CLIPS_TEXT, able_text, format=format, part="model.text")
+    refuse(image, usual[0], able_image, format=format, part="model.image")
+    refuse(text, usual[1], able_text, format=format, part="model.text")
     return Architecture(
         image=_tower(model.image, image),
         text=_tower(model.text, text),
@@ -91,7 +98,7 @@ def describe(
         vocab_size=model.text.vocab_size,
         context_length=model.text.context_length,
         embed_dim=model.embed_dim,
-        eot=tokenizer.eot,
+        eot=getattr(words, "eot", None),
     )
 
 

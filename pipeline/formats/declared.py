@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPConfig
+from transformers import AutoConfig, PreTrainedConfig
 
+from pipeline.formats.siglip import ACTIVATIONS
 from pipeline.formats.traits import image_traits, text_traits
-from pipeline.formats.transformers import ACTIVATIONS
 from pipeline.models.clip import CLIP
 from pipeline.models.text import TextTransformer
 from pipeline.models.vit import VisionTransformer
@@ -23,8 +23,8 @@ def declared(path: str | Path) -> Declared:
         content = json.loads((directory / "open_clip_config.json").read_text())
         return _open_clip(content["model_cfg"])
     config = directory / "config.json"
-    if config.is_file() and json.loads(config.read_text()).get("model_type") == "clip":
-        return _transformers(CLIPConfig.from_pretrained(directory))
+    if config.is_file() and json.loads(config.read_text()).get("model_type") in ("clip", "siglip"):
+        return _transformers(AutoConfig.from_pretrained(directory))
     return {}
 
 
@@ -49,7 +49,7 @@ def _open_clip_tower(tower: Mapping[str, Any], quick: bool) -> dict[str, Any]:
     }
 
 
-def _transformers(config: CLIPConfig) -> Declared:
+def _transformers(config: PreTrainedConfig) -> Declared:
     ours = {theirs: name for name, theirs in ACTIVATIONS.items()}
     return {
         name: {

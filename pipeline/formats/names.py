@@ -6,7 +6,7 @@ which the first that is there counts; several tensors are stacked.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -79,6 +79,13 @@ TRANSFORMERS_RULES: Rules = [
     (r"^image_projection", "visual_projection"),
     (r"^log_logit_scale", "logit_scale"),
 ]
+SIGLIP_RULES: Rules = [
+    (r"^image\.pool\.attention\.out\.", "vision_model.head.attention.out_proj."),
+    (r"^image\.pool\.norm\.", "vision_model.head.layernorm."),
+    (r"^image\.pool\.", "vision_model.head."),
+    (r"^text_projection", "text_model.head"),
+    *TRANSFORMERS_RULES,
+]
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,8 @@ class Layout:
     """mark: a name that only this layout has. splits_qkv: their input projection is three layers.
     transposed: their names of matrices they multiply from the right. others: names of values that
     are no weights. image_part, text_part: how a tower's names begin. image_rules: for names of the
-    image half, where they are not `rules`.
+    image half, where they are not `rules`. joined: how a tensor of theirs begins -> how those of
+    ours begin whose rows it holds one after the other, and their shares.
     """
 
     rules: Rules
@@ -95,6 +103,7 @@ class Layout:
     text_part: str
     splits_qkv: bool = False
     image_rules: Rules | None = None
+    joined: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
     others: str = r"(^|\.)(attn_mask|position_ids)$|^(input_resolution|context_length|vocab_size)$"
 
@@ -108,6 +117,11 @@ class Layout:
         """Our weights under their names and in their layout."""
         out: dict[str, Tensor] = {}
         for name, tensor in weights.items():
+            whole = self._whole(name)
+            if whole is not None:
+                their, begins, ending = whole
+                out[their] = torch.cat([weights[begin + ending] for begin in begins])
+                continue
             pieces = {name: tensor}
             if self.splits_qkv and ".qkv." in name:
                 parts = zip("qkv", tensor.chunk(3), strict=True)
@@ -116,6 +130,24 @@ class Layout:
                 assert their not in out, f"two weights are called {their}"
                 out[their] = piece.T if their in self.transposed else piece
         return out
+
+    def _whole(self, name: str) -> tuple[str, Mapping[str, int], str] | None:
+        """Their tensor that holds one of ours beside others; how all begin, and how they end."""
+        for their, begins in self.joined.items():
+            for begin in begins:
+                if name.startswith(begin):
+                    ending = name.removeprefix(begin)
+                    return their + ending, begins, ending
+        return None
+
+    def _piece(self, theirs: Mapping[str, Tensor], name: str) -> tuple[Tensor | None, set[str]]:
+        their, begins, ending = self._whole(name)
+        if their not in theirs:
+            return None, set()
+        unit = len(theirs[their]) // sum(begins.values())
+        pieces = theirs[their].split([unit * share for share in begins.values()])
+        found = dict(zip((begin + ending for begin in begins), pieces, strict=True))
+        return found[name], {their}
 
     def sources(self, name: str) -> Iterator[tuple[str, ...]]:
         """Their names for one of ours, alternatives in order."""
@@ -134,6 +166,8 @@ class Layout:
         """One of our weights out of theirs, and the names it was made of; None if it is not
         there.
         """
+        if self._whole(name) is not None:
+            return self._piece(theirs, name)
         for names in self.sources(name):
             if all(name in theirs for name in names):
                 pieces = [
@@ -165,5 +199,18 @@ TRANSFORMERS = Layout(
     text_part=r"text_model\.",
     splits_qkv=True,
 )
+SIGLIP = Layout(
+    rules=SIGLIP_RULES,
+    mark="vision_model.head.probe",
+    image_part=r"vision_model\.",
+    text_part=r"text_model\.(?!head\.)",
+    splits_qkv=True,
+    joined={
+        "vision_model.head.attention.in_proj_": {
+            "image.pool.attention.query.": 1,
+            "image.pool.attention.key_value.": 2,
+        }
+    },
+)
 OURS = Layout(rules=[], mark="image.patch_embed.weight", image_part=r"image\.", text_part=r"text\.")
-LAYOUTS = (OURS, OPEN_CLIP, TIMM, TRANSFORMERS)
+LAYOUTS = (OURS, OPEN_CLIP, TIMM, SIGLIP, TRANSFORMERS)  # SigLIP has the mark of both

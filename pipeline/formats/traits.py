@@ -35,6 +35,18 @@ CLIPS_IMAGE = {
     **CLIPS_BLOCK,
 }
 CLIPS_TEXT = {"causal": True, "pooling": "eot", "eot_id": None, "pad_id": None, **CLIPS_BLOCK}
+# SigLIP's
+SIGLIPS_BLOCK = CLIPS_BLOCK | {"activation": "gelu_tanh", "block.norm_eps": 1e-6}
+SIGLIPS_IMAGE = {
+    **CLIPS_IMAGE,
+    "class_token": False,
+    "pooling": "map",
+    "norm_before_pooling": True,
+    "ln_pre": False,
+    "patch_bias": True,
+    **SIGLIPS_BLOCK,
+}
+SIGLIPS_TEXT = {**CLIPS_TEXT, "causal": False, "pooling": "last", **SIGLIPS_BLOCK}
 
 
 def image_traits(tower: VisionTransformer) -> dict[str, Any]:
@@ -73,8 +85,8 @@ def refuse(
     format: str,
     part: str,
 ) -> None:
-    """Raise ValueError for an option that is neither CLIP's nor among those the format is able to
-    express: option -> values, None for any.
+    """Raise ValueError for an option that is neither that of `clips` nor among those the format is
+    able to express: option -> values, None for any.
     """
     for option, value in traits.items():
         allowed = able.get(option, ())

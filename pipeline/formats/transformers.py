@@ -1,4 +1,6 @@
-"""Export to transformers: CLIPModel, CLIPProcessor and AutoTokenizer load the directory."""
+"""Export to transformers: CLIPModel or SiglipModel, their processors and AutoTokenizer load the
+directory.
+"""
 
 from pathlib import Path
 
@@ -7,13 +9,14 @@ from torch import nn
 from pipeline.evals.trained import TrainedClip
 from pipeline.formats.architecture import (
     Architecture,
-    Tower,
     describe,
     plain_weights,
     safetensors_bytes,
 )
 from pipeline.formats.names import TRANSFORMERS
+from pipeline.formats.siglip import preprocessor_config, tower_config, write_siglip
 from pipeline.models.clip import CLIP
+from pipeline.models.pooling import AttentionPool
 from pipeline.shards import write_atomically, write_json
 
 ABLE_BLOCK = {
@@ -22,7 +25,6 @@ ABLE_BLOCK = {
     "block.qkv_bias": ["query_value", "none"],
 }
 ABLE_IMAGE = {"positions": ["sincos", "sincos_moco"], "patch_bias": [True], **ABLE_BLOCK}
-ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 class Transformers:
@@ -34,15 +36,21 @@ from transformers import AutoModel, AutoProcessor
 
 model = AutoModel.from_pretrained("DIRECTORY")
 processor = AutoProcessor.from_pretrained("DIRECTORY")
+shape = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+print(model(**processor(images=[...], text=[...], **shape)).logits_per_image)
 """
 
     def write(self, trained: TrainedClip, out: Path) -> None:
-        """Write it to `out`. Raises ValueError if CLIPModel cannot express the model.
+        """Write it to `out`: a SiglipModel for an image tower with an attention pool, else a
+        CLIPModel. Raises ValueError if that cannot express the model.
 
-        Their tokenizer repairs no mojibake and no HTML entities: pass captions through
+        Their CLIP tokenizer repairs no mojibake and no HTML entities: pass captions through
         `pipeline.data.tokenizer.clean_caption` first where that matters. Their processor puts
         transparent pixels on black, ours on white.
         """
+        if isinstance(getattr(trained.model.image, "pool", None), AttentionPool):
+            write_siglip(trained, out)
+            return
         architecture = describe(
             trained, format="transformers", able_image=ABLE_IMAGE, able_text=ABLE_BLOCK
         )
@@ -97,37 +105,4 @@ def model_config(architecture: Architecture, model: CLIP) -> dict[str, object]:
             "bos_token_id": architecture.eot - 1,
             "pad_token_id": architecture.eot,
         },
-    }
-
-
-def tower_config(tower: Tower) -> dict[str, object]:
-    """What both towers' configs name alike."""
-    return {
-        "hidden_size": tower.width,
-        "num_hidden_layers": tower.layers,
-        "num_attention_heads": tower.heads,
-        "intermediate_size": tower.hidden,
-        "hidden_act": ACTIVATIONS[tower.activation],
-        "layer_norm_eps": tower.traits["block.norm_eps"],
-        "attention_dropout": 0.0,
-    }
-
-
-def preprocessor_config(trained: TrainedClip) -> dict[str, object]:
-    """preprocessor_config.json: shorter side to image_size, bicubic, centre crop."""
-    transform = trained.transform
-    size = transform.image_size
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,  # PIL's number of bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(transform.mean),
-        "image_std": list(transform.std),
     }
