@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "pipeline.config": 0,
     "pipeline.distributed": 0,
+    "pipeline.metric": 0,
     "pipeline.phases": 0,
     "pipeline.targets": 0,
     "pipeline.shards": 0,

@@ -61,6 +61,12 @@ class Embed:
                 checkpoint=self.checkpoint,
                 allow_foreign_targets=self.allow_foreign_targets,
             )
+            if not self._model.metric.inner:
+                name = self._model.metric.name
+                raise ValueError(
+                    f"annotate.embed.run={self.run} has model.metric {name}, and scores and "
+                    "selections here are of cosines: give a run without metric="
+                )
         images = self._model.image_embed(
             [sample["image"] for sample in batch], batch_size=self.batch_size
         )

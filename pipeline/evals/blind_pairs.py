@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from pipeline.distributed import rank
 from pipeline.evals.feature_file import FeatureFile
@@ -64,7 +65,9 @@ class BlindPairs:
             parts.append(trained.image_embed(images, batch_size=self.batch_size))
         if not known:
             raise ValueError(f"{self.data}: no pairs")
-        ours, theirs = torch.cat(parts), theirs[[place[uid] for uid in known]]
+        # cosines whatever the models' metrics: the thresholds are of cosines
+        ours = normalize(torch.cat(parts), dim=-1)
+        theirs = normalize(theirs[[place[uid] for uid in known]], dim=-1)
         found, cosines = blind_pairs(ours, theirs, near=self.near, far=self.far)
         if self.out is not None and rank() == 0:
             self._write(Path(self.out), known, found, cosines)

@@ -11,13 +11,14 @@ from hashlib import blake2b
 from itertools import islice
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.data.word_classes import ADJECTIVE, NOUN, class_of, lexicon
 from pipeline.evals.bootstrap import mean
 from pipeline.evals.ranking import TIE
 from pipeline.evals.retrieval import Retrieval
-from pipeline.evals.task import Embedder, in_shares
+from pipeline.evals.task import Embedder, in_shares, similarities
 
 WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 
@@ -61,8 +62,9 @@ class Compositional:
                     continue
                 other = trained.text_embed([changed[n] for n in rows], batch_size=self.batch_size)
                 image, text = image_embed[rows], text_embed[rows]
-                own[kind].append((image * text).sum(1) > (image * other).sum(1) + TIE)
-                texts[kind].append((text * other).sum(1))
+                right, wrong = (similarities(trained, image, x) for x in (text, other))
+                own[kind].append(right > wrong + TIE)
+                texts[kind].append(F.cosine_similarity(text, other))
         found: dict[str, float] = {}
         for kind in KINDS:
             if own[kind]:

@@ -1,8 +1,9 @@
 """Features of a dataset, computed once: a folder of Parquet files, and what made them.
 
-Columns: uid, image_embed and text_embed (fixed-size lists of D float32, unit norm), and whatever
-else was asked for. The schema's metadata say, under `pairwright`: metric ("cosine"), normalised,
-model (sha256 of its weights), checkpoint (its file's name), dataset (sha256 over its shards).
+Columns: uid, image_embed and text_embed (fixed-size lists of D float32), and whatever else was
+asked for. The schema's metadata say, under `pairwright`: metric (see pipeline/metric.py; with its
+curvature, where it has one), normalised, model (sha256 of its weights), checkpoint (its file's
+name), dataset (sha256 over its shards).
 """
 
 import json

@@ -18,7 +18,7 @@ from pipeline.evals.bootstrap import mean
 from pipeline.evals.labelled_images import prompt
 from pipeline.evals.labelled_parquet import labelled
 from pipeline.evals.ranking import TIE
-from pipeline.evals.task import Embedder, in_batches
+from pipeline.evals.task import Embedder, in_batches, similarities
 
 SINGLE, BOTH = "a photo of {c}", "a photo of {c} and {d}"
 
@@ -107,13 +107,16 @@ class MultiObject:
         )
 
         def match(caption: str) -> Tensor:
-            wrong = [_cosine(picture, text[f"{caption}wrong_{n}"]) for n in ("first", "second")]
-            right = _cosine(picture, text[caption.removesuffix("_") or "both"])
+            wrong = [
+                similarities(trained, picture, text[f"{caption}wrong_{n}"])
+                for n in ("first", "second")
+            ]
+            right = similarities(trained, picture, text[caption.removesuffix("_") or "both"])
             return (right > torch.stack(wrong).amax(0) + TIE).double()
 
         return {
-            "text_first": _won(text["both"], text["first"], text["second"]),
-            "image_large": _won(picture, large, small),
+            "text_first": _won(trained, text["both"], text["first"], text["second"]),
+            "image_large": _won(trained, picture, large, small),
             "match_large_first": match(""),
             "match_small_first": match("reverse_"),
         }
@@ -168,14 +171,10 @@ def _turned(scene: Scene) -> Scene:
     return scene._replace(first=scene.second, second=scene.first, images=scene.images[::-1])
 
 
-def _won(asked: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def _won(trained: Embedder, asked: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """(P,): 1 where the first is nearer, 0.5 for a tie."""
-    difference = _cosine(asked, first) - _cosine(asked, second)
+    difference = similarities(trained, asked, first) - similarities(trained, asked, second)
     return torch.where(difference.abs() <= TIE, 0.5, (difference > 0).double())
-
-
-def _cosine(first: Tensor, second: Tensor) -> Tensor:
-    return (first.double() * second.double()).sum(1)
 
 
 def _key(seed: int, name: str) -> bytes:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.evals.labelled_parquet import labelled
 from pipeline.evals.labelled_part import Labelled
 from pipeline.evals.task import Embedder
-from pipeline.evals.zero_shot import ZeroShot, cosines
+from pipeline.evals.zero_shot import ZeroShot, class_scores
 
 
 class OutOfDistribution:
@@ -58,7 +58,7 @@ class OutOfDistribution:
         """{mcm,cosine}_{auroc,fpr95}, and the number of images of each kind."""
         class_embed = self.known.class_embed(trained)
         inside, outside = (
-            cosines(trained, part.images, class_embed, self.batch_size)[0]
+            class_scores(trained, part.images, class_embed, self.batch_size)[0]
             for part in (self.known, self.unknown)
         )
         scale = trained.logit_scale if self.temperature is None else 1 / self.temperature

@@ -54,7 +54,7 @@ class PairedStatements:
                     trained.text_embed(texts, batch_size=self.batch_size),
                 )
             )
-            hits.append(pair_accuracy(image_embed @ text_embed.mT))
+            hits.append(pair_accuracy(trained.similarity(image_embed, text_embed)))
             patterns += [pair.pattern for pair in batch]
         if not hits:
             raise ValueError(f"{self.data / FILE}: no pairs")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pipeline.evals.bootstrap import Estimate, mean
 
-# Cosine similarities of float32 embeddings carry noise of about 1e-7, which depends on the batch
-# an image was in; scores this close are the same score.
+# Similarities of float32 embeddings carry noise of about 1e-7, of distances above 1 relative, which
+# depends on the batch an image was in; scores this close are the same score.
 TIE = 1e-6
 
 
@@ -32,7 +32,7 @@ def ranks(scores: Tensor, relevant: Tensor, *, tie: float = TIE) -> Tensor:
     if not torch.isfinite(scores).all():
         raise ValueError("a score is not finite: the model diverged; evaluate an older checkpoint")
     best = scores.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)
-    return ((scores >= best - tie) & ~relevant).sum(dim=1)
+    return ((scores >= best - tie * best.abs().clamp(min=1)) & ~relevant).sum(dim=1)
 
 
 def recall(ranks: Tensor, *, at: Sequence[int]) -> dict[int, Estimate]:

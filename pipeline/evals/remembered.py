@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.distributed import rank
 from pipeline.evals.feature_file import FeatureFile, vectors, write_features
-from pipeline.evals.trained import TrainedClip, weights_hash
+from pipeline.evals.trained import TrainedClip
 
 
 class Remembered:
@@ -32,17 +32,18 @@ class Remembered:
         self.kinds: dict[str, _Rows] = {}
         self.directory, self.made_by = None, {}
         if directory is not None:
-            model = weights_hash(trained.model)
-            self.directory = Path(directory) / model[:16]
-            self.made_by = {
-                "metric": "cosine",
-                "model": model,
-                "checkpoint": trained.checkpoint.name if trained.checkpoint else None,
-            }
+            self.made_by = trained.made_by()
+            self.directory = Path(directory) / self.made_by["model"][:16]
 
     @property
     def logit_scale(self) -> float:
         return self.trained.logit_scale
+
+    def similarity(self, queries: Tensor, candidates: Tensor) -> Tensor:
+        return self.trained.similarity(queries, candidates)
+
+    def centre(self, embeds: Tensor) -> Tensor:
+        return self.trained.centre(embeds)
 
     def image_embed(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor:
         return self._rows("image_embed", images, batch_size)
@@ -70,7 +71,8 @@ class Remembered:
             rows.kept = len(rows.names)
 
     def _made_by(self, kind: str) -> dict[str, Any]:
-        return {**self.made_by, "normalised": kind.endswith("_embed")}
+        unit = self.made_by["metric"] in ("cosine", "arc") and kind.endswith("_embed")
+        return {**self.made_by, "normalised": unit}
 
     def _rows(self, kind: str, items: Sequence[Any], batch_size: int) -> Tensor:
         if kind not in self.kinds:

@@ -3,7 +3,7 @@
 Letters: I distinct images, T distinct captions, P pairs.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -56,8 +56,8 @@ class Retrieval:
         image_embed = trained.image_embed(images, batch_size=self.batch_size)
         text_embed = trained.text_embed(captions, batch_size=self.batch_size)
         return _recalls(
-            places_of(image_embed, text_embed, pairs),
-            places_of(text_embed, image_embed, pairs.flip(1)),
+            places_of(image_embed, text_embed, pairs, trained.similarity),
+            places_of(text_embed, image_embed, pairs.flip(1), trained.similarity),
             (1, 5, 10),
         )
 
@@ -97,14 +97,19 @@ def distinct(pairs: Iterable[tuple[bytes, str]]) -> tuple[list[bytes], list[str]
     return list(images), list(captions), torch.tensor(indices, dtype=torch.int64).reshape(-1, 2)
 
 
-def places_of(queries: Tensor, candidates: Tensor, pairs: Tensor) -> Tensor:
-    """`ranks` of every query among all candidates by inner product, a chunk of queries at a time.
+def places_of(
+    queries: Tensor,
+    candidates: Tensor,
+    pairs: Tensor,
+    similarity: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """`ranks` of every query among all candidates, a chunk of queries at a time.
 
     pairs: (P, 2) int64, a query and a candidate that is right for it.
     """
     places = []
     for start in range(0, len(queries), CHUNK):
-        scores = queries[start : start + CHUNK] @ candidates.T
+        scores = similarity(queries[start : start + CHUNK], candidates)
         places.append(ranks(scores, _relevant(pairs, scores.shape, start)))
     return torch.cat(places)
 

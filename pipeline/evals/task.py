@@ -18,10 +18,18 @@ SHARED_BATCHES = 32
 
 
 class Embedder(Protocol):
-    """Bytes and strings to embeddings: (n, D) float32 on the CPU, unit norm, in the order given."""
+    """Bytes and strings to embeddings: (n, D) float32 on the CPU, in the order given, compared by
+    the model's own metric alone.
+    """
 
     @property
     def logit_scale(self) -> float: ...
+
+    def similarity(self, queries: Tensor, candidates: Tensor) -> Tensor:
+        """(..., N, D), (..., M, D) -> (..., N, M), larger is nearer; the cosine, if it is that."""
+
+    def centre(self, embeds: Tensor) -> Tensor:
+        """(..., n, D) -> (..., D): one embedding in the place of several, as of prompts."""
 
     def image_embed(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor: ...
 
@@ -29,6 +37,12 @@ class Embedder(Protocol):
 
     def image_features(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor:
         """(n, width): the tower's output, before the projection."""
+
+
+def similarities(trained: Embedder, first: Tensor, second: Tensor) -> Tensor:
+    """(n, D), (n, D) -> (n,): row by row, in float64 where the metric is an inner product."""
+    rows = first.double().unsqueeze(1), second.double().unsqueeze(1)
+    return trained.similarity(*rows).flatten()
 
 
 class Projector(Protocol):

@@ -85,7 +85,7 @@ class TextSpotting:
             }
             for kind, pictures in images.items():
                 embed = trained.image_embed(pictures, batch_size=self.batch_size)
-                scores[kind].append(embed @ class_embed.T)
+                scores[kind].append(trained.similarity(embed, class_embed))
             labels += [label for _, label in batch]
             words += chosen
         if not labels:
@@ -105,7 +105,7 @@ class TextSpotting:
         for style in STYLES:
             pictures = [png(lettered(word, (self.side, self.side), style)) for word in words]
             embed = trained.image_embed(pictures, batch_size=self.batch_size)
-            similarity.append(embed @ text_embed.T)
+            similarity.append(trained.similarity(embed, text_embed))
         return sync_metrics(torch.stack(similarity))
 
 

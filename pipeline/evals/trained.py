@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.config import build
 from pipeline.distributed import peers, rank, world_size
 from pipeline.evals.task import in_batches
+from pipeline.metric import Metric
 from pipeline.phases import phase_of
 from pipeline.targets import read_config
 
@@ -89,15 +90,38 @@ class TrainedClip:
 
     @property
     def logit_scale(self) -> float:
-        """What a cosine is multiplied by before the softmax."""
+        """What a similarity is multiplied by before the softmax."""
         return float(self.model.logit_scale.detach())
 
+    @property
+    def metric(self) -> Metric:
+        """How its embeddings compare."""
+        return self.model.metric
+
+    def similarity(self, queries: Tensor, candidates: Tensor) -> Tensor:
+        """(..., N, D), (..., M, D) embeddings -> (..., N, M) by the model's metric."""
+        return self.model.similarity(queries, candidates)
+
+    def centre(self, embeds: Tensor) -> Tensor:
+        """(..., n, D) -> (..., D): one embedding in the place of several."""
+        return self.metric.centre(embeds)
+
+    def made_by(self) -> dict[str, Any]:
+        """What a feature file says of the embeddings."""
+        curvature = self.model.curvature
+        return {
+            "metric": self.metric.name,
+            **({} if curvature is None else {"curvature": float(curvature.detach())}),
+            "model": weights_hash(self.model),
+            "checkpoint": self.checkpoint.name if self.checkpoint else None,
+        }
+
     def image_embed(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor:
-        """(n, D) float32 on the CPU, unit norm. Raises ValueError for bytes that are no image."""
+        """(n, D) float32 on the CPU. Raises ValueError for bytes that are no image."""
         return self._shared(images, batch_size, self._embed_images, self.model.embed_dim)
 
     def text_embed(self, captions: Sequence[str], *, batch_size: int = 256) -> Tensor:
-        """(n, D) float32 on the CPU, unit norm."""
+        """(n, D) float32 on the CPU."""
         return self._shared(captions, batch_size, self._embed_captions, self.model.embed_dim)
 
     def image_features(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor:
@@ -105,7 +129,7 @@ class TrainedClip:
         return self._shared(images, batch_size, self._features, self.model.image.width)
 
     def image_projected(self, images: Sequence[bytes], *, batch_size: int = 256) -> Tensor:
-        """(n, D) float32 on the CPU: `image_embed` before its norm is made 1."""
+        """(n, D) float32 on the CPU: `image_embed` before the metric places it."""
 
         def project(batch: Sequence[bytes]) -> Tensor:
             return self.model.image_projection(self._features(batch)).float()
@@ -113,7 +137,7 @@ class TrainedClip:
         return self._shared(images, batch_size, project, self.model.embed_dim)
 
     def text_projected(self, captions: Sequence[str], *, batch_size: int = 256) -> Tensor:
-        """(n, D) float32 on the CPU: `text_embed` before its norm is made 1."""
+        """(n, D) float32 on the CPU: `text_embed` before the metric places it."""
 
         def project(batch: Sequence[str]) -> Tensor:
             tokens = self.tokenizer(batch).to(self.device)

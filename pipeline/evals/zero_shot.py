@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import one_hot
 
 from pipeline.evals.bootstrap import mean_of_means
 from pipeline.evals.labelled_images import prompt
@@ -49,31 +49,31 @@ class ZeroShot:
         return classification_metrics(*self.scores(trained))
 
     def scores(self, trained: Embedder) -> tuple[Tensor, Tensor]:
-        """`cosines` of the split's images and the classes."""
-        return cosines(trained, self.images, self.class_embed(trained), self.batch_size)
+        """`class_scores` of the split's images and the classes."""
+        return class_scores(trained, self.images, self.class_embed(trained), self.batch_size)
 
     def class_embed(self, trained: Embedder) -> Tensor:
-        """(C, D) unit norm: the mean of the T unit-norm prompt embeddings, normalised again."""
+        """(C, D): the centre of the T prompts' embeddings; on the sphere their mean, normalised."""
         templates = self.images.templates()
         classes = []
         for names in in_shares(self.images.class_names(), self.batch_size):
             prompts = [prompt(template, name) for name in names for template in templates]
             text_embed = trained.text_embed(prompts, batch_size=self.batch_size)
-            classes.append(text_embed.unflatten(0, (len(names), len(templates))).mean(dim=1))
-        return normalize(torch.cat(classes), dim=-1)
+            classes.append(trained.centre(text_embed.unflatten(0, (len(names), len(templates)))))
+        return torch.cat(classes)
 
 
-def cosines(
+def class_scores(
     trained: Embedder, images: Labelled, class_embed: Tensor, batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """(I, C) cosines of a set's images and the (C, D) classes, and the (I,) int64 labels.
+    """(I, C) similarities of a set's images to the (C, D) classes, and the (I,) int64 labels.
 
     Raises ValueError for a set without images.
     """
     scores, labels = [], []
     for batch in in_shares(images.samples(), batch_size):
         image_embed = trained.image_embed([image for image, _ in batch], batch_size=batch_size)
-        scores.append(image_embed @ class_embed.T)
+        scores.append(trained.similarity(image_embed, class_embed))
         labels += [label for _, label in batch]
     if not labels:
         raise ValueError(f"{images.directory}: no images in split {images.split}")

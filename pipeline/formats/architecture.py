@@ -17,6 +17,7 @@ from pipeline.formats.traits import (
     refuse,
     text_traits,
 )
+from pipeline.metric import Cosine
 from pipeline.models.clip import CLIP
 from pipeline.models.text import TextTransformer
 from pipeline.models.views import ViewsCLIP
@@ -79,6 +80,11 @@ def describe(
     model, words = trained.model, trained.tokenizer
     if type(model) is not ViewsCLIP:  # which encodes one image and one text as CLIP does
         _needs(model, CLIP, format, "model")
+    if not isinstance(model.metric, Cosine) or not model.metric.inner:
+        raise ValueError(
+            f"format={format} cannot express model.metric = {model.metric.name}: what loads it "
+            "compares by cosine; format=features writes the embeddings and says their metric"
+        )
     _needs(model.image, VisionTransformer, format, "model.image")
     _needs(model.text, TextTransformer, format, "model.text")
     _needs(words, tokenizer, format, "tokenizer")

@@ -13,13 +13,15 @@ import pyarrow.parquet as pq
 
 from pipeline.evals.feature_file import FeatureFile, described, vectors, write_features
 from pipeline.evals.task import SHARED_BATCHES
-from pipeline.evals.trained import TrainedClip, weights_hash
+from pipeline.evals.trained import TrainedClip
 from pipeline.models.text import TextTransformer
 from pipeline.shards import Dataset, Shard, whole_file
 
 log = logging.getLogger(__name__)
 
 FORMS = ("parquet", "npy", "faiss")
+# metrics that an exact index orders alike: by inner product, by distance
+ON_THE_SPHERE, STRAIGHT = ("cosine", "arc"), ("euclidean", "euclidean_squared")
 
 
 class Features:
@@ -27,8 +29,9 @@ class Features:
 
     shards: a shards directory of ours.  batch_size: pairs per forward.
     form: "npy" adds image_embed.npy and text_embed.npy, (n, D) float32, and uids.txt beside them,
-        in the order of the rows; "faiss" an index of inner products of each, image_embed.faiss and
-        text_embed.faiss, whose ids are the same rows.
+        in the order of the rows; "faiss" an exact index of each, image_embed.faiss and
+        text_embed.faiss, whose ids are the same rows: of inner products, or of distances for a
+        Euclidean metric.
     patch_tokens, text_tokens: also all tokens after the tower's last norm, projected as the pooled
         one is: (N D,) or (L D,) float16 a row, patches row-major. For dense tasks; no unit norm.
     A shard whose file is there, of the same weights and dataset, is not embedded again.
@@ -58,11 +61,10 @@ class Features:
                 "with our text tower"
             )
         dataset = Dataset(self.shards, columns=["uid", "caption", "offset", "size"])
+        self._check_index(trained)
         made_by = {
-            "metric": "cosine",
-            "normalised": True,
-            "model": weights_hash(trained.model),
-            "checkpoint": trained.checkpoint.name if trained.checkpoint else None,
+            **trained.made_by(),
+            "normalised": trained.metric.name in ON_THE_SPHERE,
             "dataset": dataset_hash(dataset),
         }
         for number, name in enumerate(dataset.names):
@@ -72,7 +74,7 @@ class Features:
                 continue
             write_features(path, self._tables(trained, dataset.shard(number)), made_by)
         if self.form != "parquet":
-            self._gather(out)
+            self._gather(out, trained.metric.name)
 
     def _finished(self, path: Path, made_by: dict[str, Any]) -> bool:
         if not path.exists() or described(path) != made_by:
@@ -99,7 +101,15 @@ class Features:
             columns = {name: vectors(values) for name, values in asked.items()}
             yield pa.table({"uid": index["uid"], **columns})
 
-    def _gather(self, out: Path) -> None:
+    def _check_index(self, trained: TrainedClip) -> None:
+        name = trained.metric.name
+        if self.form == "faiss" and name not in (*ON_THE_SPHERE, *STRAIGHT):
+            raise ValueError(
+                f"format.form=faiss: no index of model.metric = {name}; take form=npy, and "
+                "TrainedClip.similarity over the rows"
+            )
+
+    def _gather(self, out: Path, metric: str) -> None:
         """All rows in one file, a column."""
         features = FeatureFile(out)
         for column in ("image_embed", "text_embed"):
@@ -110,7 +120,8 @@ class Features:
             else:
                 import faiss  # only here: an export without an index does not need it
 
-                index = faiss.IndexFlatIP(embed.shape[1])
+                make = faiss.IndexFlatIP if metric in ON_THE_SPHERE else faiss.IndexFlatL2
+                index = make(embed.shape[1])
                 index.add(embed.numpy())
                 with whole_file(out / f"{column}.faiss") as file:
                     file.write(faiss.serialize_index(index).tobytes())

@@ -10,14 +10,17 @@ from functools import cached_property
 from torch import Tensor
 
 from pipeline.distributed import Peers
+from pipeline.metric import Cosine, Metric
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairFeatures:
-    """image_embed, text_embed: (B, D) unit-norm, row i of both is one pair, rank-local.
+    """image_embed, text_embed: (B, D) as the metric places them, row i of both is one pair,
+    rank-local.
 
     logit_scale: scalar, positive.  logit_bias: scalar added to every logit, None for models without
-    one.  peers: the processes that hold the other pairs.  extra: what else a model gives of each
+    one.  metric, curvature: how near two embeddings are, and the number it takes if it is curved.
+    peers: the processes that hold the other pairs.  extra: what else a model gives of each
     pair, (B, ...) by name.
     The gathered features are made when a term first asks for them, once for all terms: a term that
     passes blocks around a ring instead never pays for them.
@@ -27,8 +30,24 @@ class PairFeatures:
     text_embed: Tensor
     logit_scale: Tensor
     logit_bias: Tensor | None = None
+    metric: Metric = field(default_factory=Cosine)
+    curvature: Tensor | None = None
     peers: Peers = field(default_factory=Peers)
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def logits(self, queries: Tensor, candidates: Tensor) -> Tensor:
+        """(N, D), (M, D) -> (N, M): logit_scale times the similarity."""
+        if self.metric.inner:  # scaled first: a pass over N x D numbers and not N x M
+            return self.metric.similarity(self.logit_scale * queries, candidates)
+        return self.logit_scale * self.metric.similarity(queries, candidates, self.curvature)
+
+    def check_inner(self, loss: str) -> None:
+        """Raises ValueError where the similarity is no inner product, which `loss` relies on."""
+        if not self.metric.inner:
+            raise ValueError(
+                f"loss={loss} makes logits of inner products and model.metric is "
+                f"{self.metric.name}: set loss={loss.removeprefix('tiled_')}"
+            )
 
     def needed(self, name: str) -> Tensor:
         """One of `extra`. Raises ValueError if the model does not give it."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from pipeline.losses.features import PairFeatures
 
-LOGGED_BESIDE_TERMS = ("loss", "logit_scale")
+LOGGED_BESIDE_TERMS = ("loss", "logit_scale", "logit_bias", "curvature")
 
 
 class Objective(nn.Module):

@@ -21,7 +21,8 @@ def logit_bias_of(features: PairFeatures) -> Tensor:
 
 
 class SigmoidLoss(nn.Module):
-    """-log sigmoid(y (logit_scale <image, text> + logit_bias)): y = 1 for pairs, -1 for the rest.
+    """-log sigmoid(y (logit_scale similarity(image, text) + logit_bias)), y = 1 for pairs and -1
+    for the rest.
 
     Summed over all G texts, mean over the B local images (the paper divides by G, not G squared);
     after data-parallel averaging value and gradient, the scale's and the bias's included, equal
@@ -33,7 +34,7 @@ class SigmoidLoss(nn.Module):
     def forward(self, features: PairFeatures) -> Tensor:
         """The scalar of this rank."""
         bias = logit_bias_of(features)
-        logits = (features.logit_scale * features.image_embed) @ features.all_text_embed.T + bias
+        logits = features.logits(features.image_embed, features.all_text_embed) + bias
         local, total = logits.shape
         own = torch.arange(features.offset, features.offset + local, device=logits.device)
         is_pair = own[:, None] == torch.arange(total, device=logits.device)

@@ -36,13 +36,12 @@ class SoftmaxLoss(nn.Module):
 
     def forward(self, features: PairFeatures) -> Tensor:
         """The scalar of this rank."""
-        scaled_image_embed = features.logit_scale * features.image_embed
-        image_logits = scaled_image_embed @ features.all_text_embed.T
+        image_logits = features.logits(features.image_embed, features.all_text_embed)
         local, total = image_logits.shape
         if local == total:
             text_logits = image_logits.T
         else:
-            text_logits = (features.logit_scale * features.text_embed) @ features.all_image_embed.T
+            text_logits = features.logits(features.text_embed, features.all_image_embed)
         own = torch.arange(features.offset, features.offset + local, device=image_logits.device)
         losses = [
             F.cross_entropy(logits, own, label_smoothing=self.label_smoothing)

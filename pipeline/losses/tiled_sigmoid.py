@@ -97,6 +97,7 @@ class TiledSigmoidLoss(nn.Module):
 
     def forward(self, features: PairFeatures) -> Tensor:
         """The scalar of this rank."""
+        features.check_inner("tiled_sigmoid")
         inputs = in_full(
             features.image_embed,
             features.text_embed,

@@ -120,6 +120,7 @@ class TiledSoftmaxLoss(nn.Module):
 
     def forward(self, features: PairFeatures) -> Tensor:
         """The scalar of this rank."""
+        features.check_inner("tiled_softmax")
         image, text, scale = in_full(
             features.image_embed, features.text_embed, features.logit_scale
         )

@@ -9,8 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from pipeline.metric import unit_norm
 from pipeline.models.class_attention import class_attention
-from pipeline.models.clip import CLIP, unit_norm
+from pipeline.models.clip import CLIP
 
 VIEWS = 2  # that pipeline.data.three_views gives, beside the wide crop
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.distributed import gather_counts, peers, rank, world_size
 from pipeline.losses.features import PairFeatures
+from pipeline.metric import Cosine, Metric
 from pipeline.trainer.random_state import RandomState
 
 Tensors = dict[str, Tensor]
@@ -113,7 +114,7 @@ class CachedContrastiveStep:
     is drawn from a default generator (dropout, stochastic depth) is drawn again, dropped tokens
     come in as indices, and there may be no batch statistics inside.
     loss_scalars(parameters): what the objective is given besides embeddings, by PairFeatures' names
-    (logit_scale, logit_bias).
+    (logit_scale, logit_bias, curvature).  metric: of the embeddings; None for the cosine.
     objective(features, parameters) -> (total, {term: value}): mean over local pairs, see `formula`.
     micro_batch_size: pairs in one forward; None or B is the ordinary step, other values cost one
     more forward of B - micro_batch_size pairs and hold the activations of one micro-batch. The last
@@ -138,6 +139,7 @@ class CachedContrastiveStep:
         micro_batch_size: int | None,
         backward: Backward = local_backward,
         session: Callable[[], AbstractContextManager] = nullcontext,
+        metric: Metric | None = None,
     ) -> None:
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(
@@ -150,6 +152,7 @@ class CachedContrastiveStep:
         self.micro_batch_size = micro_batch_size
         self.backward = backward
         self.session = session
+        self.metric = metric or Cosine()
         self._agreed_batch: int | None = None
 
     def __call__(
@@ -208,7 +211,9 @@ class CachedContrastiveStep:
             scalars = self.loss_scalars(values)
             pair = {name: embeddings[name] for name in EMBEDS}
             extra = {name: value for name, value in embeddings.items() if name not in EMBEDS}
-            features = PairFeatures(**pair, peers=peers(), extra=extra, **scalars)
+            features = PairFeatures(
+                **pair, peers=peers(), extra=extra, metric=self.metric, **scalars
+            )
             total, terms = self.objective(features, own)
         logged = {"loss": total, **terms, **scalars}
         not_finite = total.detach() * 0  # 0, or NaN

@@ -192,6 +192,7 @@ class ContrastiveModule(pl.LightningModule):
             micro_batch_size=self.micro_batch_size,
             backward=self.strategy.backward,
             session=self.strategy.session,
+            metric=self.model.metric,
         )
         self.mark = time.perf_counter()
 

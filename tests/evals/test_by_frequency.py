@@ -24,6 +24,7 @@ from pipeline.evals.by_frequency import (
 from pipeline.evals.text_spotting import TextSpotting
 from pipeline.evals.zero_shot import ZeroShot
 from pipeline.shards import Record, write_manifest, write_shard
+from tests.evals.on_sphere import OnSphere
 
 NAMES = ["cat", "red cat", "emu", "O’Neil's owl", "!!!", "cat cat"]
 CAPTIONS = [
@@ -156,7 +157,7 @@ def write_set(folder):
 CLASSES = [f"kind{n}" for n in range(9)]
 
 
-class Forgetful:
+class Forgetful(OnSphere):
     """Knows the classes from `least` on, and takes any other image for the last class."""
 
     def __init__(self, least):

@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from pipeline.evals.compositional import KINDS, Compositional, words
 from pipeline.shards import Record, write_manifest, write_shard
+from tests.evals.on_sphere import OnSphere
 
 CAPTIONS = [
     "a black dog beside a white horse",
@@ -73,7 +74,7 @@ def direction(text):
     return torch.randn(512, generator=torch.Generator().manual_seed(seed))
 
 
-class Reading:
+class Reading(OnSphere):
     """An image is the text in it. `read` makes a vector of a text."""
 
     def __init__(self, read):

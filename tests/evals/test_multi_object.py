@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from pipeline.data.images import decode
 from pipeline.evals.multi_object import BOTH, MultiObject, composed
+from tests.evals.on_sphere import OnSphere
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -39,7 +40,7 @@ def data(tmp_path):
     return str(tmp_path)
 
 
-class Planted:
+class Planted(OnSphere):
     """An axis a colour. weigh_text(places) and weigh_area(area) say how much of each is seen."""
 
     def __init__(self, weigh_text, weigh_area):

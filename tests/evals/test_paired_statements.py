@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from pipeline.evals.paired_statements import PairedStatements, pair_accuracy
+from tests.evals.on_sphere import OnSphere
 
 
-class Reading:
+class Reading(OnSphere):
     """A picture is its statement; `fooled` ones look like a cat."""
 
     def __init__(self, fooled=()):

@@ -10,7 +10,9 @@ from torch.nn.functional import normalize
 
 from pipeline.evals import retrieval
 from pipeline.evals.retrieval import Retrieval, distinct, places_of, retrieval_metrics
+from pipeline.metric import Cosine
 from pipeline.shards import Record, content_uid, write_manifest, write_shard
+from tests.evals.on_sphere import OnSphere
 
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji" / "eval"
 
@@ -54,14 +56,14 @@ def test_chunks_change_nothing(monkeypatch):
     pairs = torch.stack([torch.arange(23), torch.arange(23) % 17], dim=1)
     whole = retrieval_metrics(image_embed @ text_embed.T, pairs)
     monkeypatch.setattr(retrieval, "CHUNK", 5)
-    places = places_of(image_embed, text_embed, pairs)
+    places = places_of(image_embed, text_embed, pairs, Cosine().similarity)
     assert len(places) == 23
     assert float((places < 5).double().mean()) == whole["image_to_text_r_at_5"]
-    places = places_of(text_embed, image_embed, pairs.flip(1))
+    places = places_of(text_embed, image_embed, pairs.flip(1), Cosine().similarity)
     assert float((places < 5).double().mean()) == whole["text_to_image_r_at_5"]
 
 
-class ByLength:
+class ByLength(OnSphere):
     """An image and a caption match when they are equally long."""
 
     def image_embed(self, images, *, batch_size=256):
@@ -107,13 +109,15 @@ def test_five_thousand_images_and_five_captions_each_fit(root):
         "import resource, torch\n"
         "from torch.nn.functional import normalize\n"
         "from pipeline.evals.retrieval import places_of\n"
+        "from pipeline.metric import Cosine\n"
         "images, texts = torch.randn(5000, 512), torch.randn(25000, 512)\n"
         "own = torch.arange(25000) // 5\n"
         "texts += images[own]\n"
         "images, texts = normalize(images, dim=-1), normalize(texts, dim=-1)\n"
         "pairs = torch.stack([own, torch.arange(25000)], dim=1)\n"
-        "there = places_of(images, texts, pairs)\n"
-        "back = places_of(texts, images, pairs.flip(1))\n"
+        "near = Cosine().similarity\n"
+        "there = places_of(images, texts, pairs, near)\n"
+        "back = places_of(texts, images, pairs.flip(1), near)\n"
         "assert len(there) == 5000 and len(back) == 25000\n"
         "assert (there == 0).float().mean() > 0.99\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)\n"

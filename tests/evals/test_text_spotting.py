@@ -19,6 +19,7 @@ from pipeline.evals.text_spotting import (
     writable,
     wrong_class,
 )
+from tests.evals.on_sphere import OnSphere
 
 NAMES = ["cat", "red dog", "emu", "Ant", "crane", "dog", "hippopotamus", "crane"]
 LABELS = [0, 1, 2, 3, 4, 5, 6, 7, 1, 1, 0]
@@ -54,7 +55,7 @@ def opened(image):
     return np.asarray(Image.open(io.BytesIO(image)).convert("RGB")).astype(int)
 
 
-class Eyes:
+class Eyes(OnSphere):
     """Sees the class by the shade in the middle of the upper half; text is the class's axis."""
 
     def text_embed(self, captions, *, batch_size=256):

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from pipeline.evals.task import SHARED_BATCHES
 from pipeline.evals.zero_shot import ZeroShot, classification_metrics
+from tests.evals.on_sphere import OnSphere
 
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji" / "eval"
 NAMES = ["cat", "dog", "emu"]
@@ -36,7 +37,7 @@ def write_set(directory, labels=(0, 1, 2, 1), *, templates="{c}\na {c}\n", per_s
     return directory
 
 
-class Known:
+class Known(OnSphere):
     """Image i of label l is the axis `sees[i]`, or l; a prompt is the axis of its class."""
 
     def __init__(self, sees=None):

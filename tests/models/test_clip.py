@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from pipeline.metric import Lorentz
 from pipeline.models.clip import CLIP
 from pipeline.models.text import TextTransformer
 from pipeline.models.vit import VisionTransformer
@@ -36,6 +37,12 @@ def test_embeddings_are_projected_and_of_unit_norm() -> None:
     ):
         projected = features @ projection.weight.T
         torch.testing.assert_close(embed, projected / projected.norm(dim=1, keepdim=True))
+
+
+def test_the_cosine_has_no_parameters_of_its_own() -> None:
+    assert not any("curvature" in name or "factor" in name for name in tiny().state_dict())
+    curved = {"log_curvature", "log_image_factor", "log_text_factor"}
+    assert set(tiny(metric=Lorentz()).state_dict()) - set(tiny().state_dict()) == curved
 
 
 def test_kept_tokens_reach_their_towers() -> None:

@@ -6,13 +6,15 @@ from functools import partial
 import numpy as np
 import torch
 from case import Case, difference, unequal
-from torch import nn
+from torch import Tensor, nn
 
+from pipeline.losses.entailment import EntailmentLoss
 from pipeline.losses.features import PairFeatures
 from pipeline.losses.sigmoid import SigmoidLoss
 from pipeline.losses.softmax import SoftmaxLoss
 from pipeline.losses.tiled_sigmoid import TiledSigmoidLoss
 from pipeline.losses.tiled_softmax import TiledSoftmaxLoss
+from pipeline.metric import Arc, Cosine, Euclidean, Lorentz
 from pipeline.tokens.attentive import AttentiveTokens, mapped, pooled
 from pipeline.tokens.random import RandomTokens
 from pipeline.tokens.text_block import BlockText
@@ -25,6 +27,8 @@ def losses(content: dict, arrays: dict) -> Iterator[Case]:
     measures = {
         "clip_infonce": partial(_contrastive, (SoftmaxLoss(), TiledSoftmaxLoss(tile=5))),
         "siglip": partial(_contrastive, (SigmoidLoss(), TiledSigmoidLoss(tile=5))),
+        "euclip": _euclip,
+        "meru": _meru,
     }
     for loss, cases in content.items():
         for name, case in cases.items():
@@ -64,6 +68,102 @@ def _contrastive_of(term: nn.Module, case: dict, arrays: dict) -> float:
         difference(image_grad.numpy(), arrays["grad/image"]),
         difference(text_grad.numpy(), arrays["grad/text"]),
         *(difference(gradients[n].item(), value) for n, value in case["grad_scalars"].items()),
+    )
+
+
+METRICS = {
+    "clip": Cosine(),
+    "elliptic": Arc(),
+    "euclidean": Euclidean(squared=False),
+    "euclidean-squared": Euclidean(),
+    "hyperbolic": Lorentz(kind="distance"),
+    "hyperbolic-inner": Lorentz(kind="inner"),
+    "hyperbolic-squared": Lorentz(kind="squared"),
+}
+
+
+def _euclip(case: dict, arrays: dict) -> float:
+    """Contrastive and entailment terms on what the metric has placed."""
+    consts, given = case["consts"], _scalars(case)
+    image, text = (torch.tensor(arrays[f"in/{n}"], requires_grad=True) for n in ("image", "text"))
+    features = PairFeatures(
+        image_embed=image,
+        text_embed=text,
+        logit_scale=given["log_scale"].exp(),
+        metric=METRICS[consts["geometry"]],
+        curvature=given["log_curvature"].exp() if "log_curvature" in given else None,
+    )
+    contrastive = SoftmaxLoss()(features)
+    loss, found = contrastive, {"contrastive_loss": contrastive}
+    found["logits_per_image"] = features.logits(image, text)
+    if consts["entailment_weight"]:
+        entailment = EntailmentLoss(min_radius=consts["K"], eps=0.0)(features)
+        found["entailment_loss"] = consts["entailment_weight"] * entailment
+        loss = loss + found["entailment_loss"]
+    return _compared(case, arrays, loss, found, image, text, given)
+
+
+def _meru(case: dict, arrays: dict) -> float:
+    """The same with a factor of each modality, and MERU's guards against a division by zero."""
+    consts, given = case["consts"], _scalars(case)
+    image, text = (torch.tensor(arrays[f"in/{n}"], requires_grad=True) for n in ("image", "text"))
+    metric, curvature = Lorentz(), given["curv"].exp()
+    u, v = image * given["visual_alpha"].exp(), text * given["textual_alpha"].exp()
+    features = PairFeatures(
+        image_embed=u,
+        text_embed=v,
+        logit_scale=given["logit_scale"].exp(),
+        metric=metric,
+        curvature=curvature,
+    )
+    contrastive = SoftmaxLoss()(features)
+    term = EntailmentLoss(min_radius=consts["min_radius"], eps=consts["eps"])
+    entailment = term(features)
+    angle, aperture = metric.cone(v, u, curvature, consts["min_radius"], consts["eps"])
+    found = {
+        "contrastive": contrastive,
+        "entailment": entailment,
+        "image_space": metric.lift(u, curvature)[0],
+        "text_space": metric.lift(v, curvature)[0],
+        "distance": -metric.similarity(u, v, curvature),
+        "half_aperture_text": aperture,
+        "exterior_angle": angle,
+    }
+    loss = contrastive + consts["entail_weight"] * entailment
+    return _compared(case, arrays, loss, found, image, text, given)
+
+
+def _scalars(case: dict) -> dict[str, Tensor]:
+    return {
+        name: torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        for name, value in case["scalars"].items()
+    }
+
+
+def _compared(
+    case: dict,
+    arrays: dict,
+    loss: Tensor,
+    found: dict[str, Tensor],
+    image: Tensor,
+    text: Tensor,
+    given: dict[str, Tensor],
+) -> float:
+    """The largest difference of value, gradients, and those outputs that we have."""
+    grads = torch.autograd.grad(
+        loss, [image, text, *given.values()], retain_graph=True, materialize_grads=True
+    )
+    by_name = dict(zip(("image", "text", *given), grads, strict=True))
+    expected = {
+        name: arrays[f"out/{name}"] if value == "array" else value
+        for name, value in case["outputs"].items()
+        if name in found
+    }
+    return max(
+        difference(loss.item(), case["loss"]),
+        *(difference(by_name[n].numpy(), arrays[f"grad/{n}"]) for n in ("image", "text")),
+        *(difference(by_name[n].item(), value) for n, value in case["grad_scalars"].items()),
+        *(difference(found[n].detach().numpy(), value) for n, value in expected.items()),
     )
 
 

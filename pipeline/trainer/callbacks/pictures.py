@@ -106,7 +106,7 @@ class Pictures(pl.Callback):
         text_embed = model.encode_text(tokenizer(captions).to(pl_module.device))
         for module, mode in modes:
             module.training = mode
-        similarity, pixels = (image_embed @ text_embed.T).float().cpu(), pixels.cpu()
+        similarity, pixels = model.similarity(image_embed, text_embed).float().cpu(), pixels.cpu()
         sheets = {
             "retrieval": retrieval_sheet(pixels, captions, similarity),
             "nearest-negatives": negatives_sheet(pixels, captions, similarity),
