@@ -232,6 +232,7 @@ def test_what_loads_elsewhere_compares_by_cosine_so_it_is_refused(run, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(data, tmp_path, train):
     words = [
         "metric=lorentz",
@@ -243,9 +244,3 @@ def test_two_processes_train_as_one(data, tmp_path, train):
     for one, two in zip(*(read_metrics(tmp_path / n) for n in ("one", "two")), strict=True):
         for key in ("train/loss", "train/curvature", "train/grad_norm"):
             assert two[key] == pytest.approx(one[key], rel=2e-4)
-
-
-def test_another_metric_under_an_old_name_is_refused(data, tmp_path, train):
-    train(data, tmp_path, "n", "metric=euclidean", "samples_seen=96")
-    done = train(data, tmp_path, "n", "samples_seen=96", code=2)
-    assert "model.metric._target_: was 'pipeline.metric.Euclidean', now None" in done.stderr
