@@ -146,6 +146,23 @@ def relay(
         run(config_of(data, runs, f"faulty_{name}", 4, words))
 
 
+HALF = {name: WORDS[name] for name in ("ddp", "fsdp", *(f"deepspeed_{n}" for n in (1, 2, 3)))}
+
+
+def in_half_precision(index: int, port: str, data: Path, runs: Path) -> None:
+    """Six steps of every strategy under bf16-mixed, in micro-batches, whole, and in two runs; and
+    DDP's in float32.
+    """
+    launched(index, port)
+    run(config_of(data, runs, "float32", 6, WORDS["ddp"]))
+    for name, words in HALF.items():
+        words = [*words, "trainer.precision=bf16-mixed"]
+        run(config_of(data, runs, f"half_{name}", 6, words))
+        run(config_of(data, runs, f"half_{name}_whole", 6, [*words, "micro_batch_size=null"]))
+        for callbacks in ([StopAt(LEG)], []):
+            run(config_of(data, runs, f"half_{name}_resumed", 6, words), *callbacks)
+
+
 PHASES = [
     "every_phase=null",  # of debug=tiny: these have their own sizes
     "samples_seen=???",

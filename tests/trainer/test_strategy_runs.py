@@ -104,6 +104,36 @@ def test_evaluation_reads_them(relay):
     assert torch.allclose(embeds, alone.text_embed(["thing number 3"]), atol=1e-2)
 
 
+@pytest.fixture(scope="module")
+def half(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("half")
+    mp.spawn(runs.in_half_precision, args=(runs.free_port(), data, folder), nprocs=2)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", runs.HALF)
+def test_half_precision_trains_as_float32_does(name, half):
+    """bfloat16 keeps 8 bits, and moves a loss by no more; in micro-batches as whole."""
+    exact, ours, whole = (
+        read_metrics(half / run) for run in ("float32", f"half_{name}", f"half_{name}_whole")
+    )
+    assert len(exact) == len(ours) == len(whole) == 6
+    for a, b, c in zip(ours, whole, exact, strict=True):
+        assert a["train/loss"] == pytest.approx(c["train/loss"], abs=0.05)
+        assert a["train/loss"] == pytest.approx(b["train/loss"], abs=0.05)
+        assert a["train/grad_norm"] == pytest.approx(c["train/grad_norm"], rel=0.1)
+        assert a["train/skipped_steps"] == 0
+    assert exact[-1]["train/loss"] < exact[0]["train/loss"] - 0.1
+    weights = checkpoint(half, f"half_{name}", 6)["state_dict"]
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    resumed = read_metrics(half / f"half_{name}_resumed")
+    assert [row["train/loss"] for row in resumed] == [row["train/loss"] for row in ours]
+    start = checkpoint(half, f"half_{name}", 2)["state_dict"]
+    moved = [key for key in weights if not torch.equal(weights[key], start[key])]
+    assert len(moved) == len(weights)  # no parameter without a gradient
+
+
 PHASED = ["ddp", "fsdp", "deepspeed_1", "deepspeed_3"]
 
 

@@ -165,6 +165,11 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.config["gradient_clipping"] = limit or 0.0
         if self.config.get("bf16", {}).get("enabled"):
             self.config["bf16"]["check_grad_overflow"] = True
+            if self.stage == 1:
+                # Its optimizer for bfloat16 in stage 1 is another one, whose state cannot be read
+                # whole; stage 2's, sending once, does the same and keeps less.
+                self.config["zero_optimization"]["stage"] = 2
+                self.reduce_gradients = "once"
         if self.config.get("bf16", self.config.get("fp16", {})).get("enabled"):
             self.config["data_types"] = {"grad_accum_dtype": "fp32"}
         super().setup(trainer)
