@@ -257,6 +257,9 @@ class Shard:
                 for column in ("offset", "size")
             )
             names = self.index.column_names
+            lost = {"uid", "caption"}.difference(names) & set(columns or ("uid", "caption"))
+            if lost:
+                raise ValueError(f"no column {', '.join(sorted(lost))}")
             self.uids = self.index["uid"].to_pylist() if "uid" in names else []
             self.captions = self.index["caption"].to_pylist() if "caption" in names else []
         if len(self.offset):
@@ -300,7 +303,8 @@ class Shard:
             values = self.index.slice(row, 1).to_pylist()[0]
             start, size = values["offset"]["json"], values["size"]["json"]
             info = json.loads(self.data[start : start + size])
-        return Record(values["uid"], self.image(row), values["extension"], values["caption"], info)
+            uid, extension, caption = (values[n] for n in ("uid", "extension", "caption"))
+        return Record(uid, self.image(row), extension, caption, info)
 
 
 class Dataset:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import tarfile
 
+import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
@@ -99,6 +100,15 @@ def test_a_damaged_copy_is_named(dataset, damage):
     else:
         tar.with_suffix(f".{damage}").unlink()
     with pytest.raises(ValueError, match=r"shard-000001.*copy it again"):
+        list(records(folder))
+
+
+@pytest.mark.parametrize("column", ["uid", "extension", "caption"])
+def test_an_index_without_a_column_is_named(dataset, column):
+    folder, _ = dataset
+    path = folder / "shard-000001.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(column), path)
+    with pytest.raises(ValueError, match=rf"shard-000001\.parquet: damaged .*{column}.*copy it"):
         list(records(folder))
 
 
