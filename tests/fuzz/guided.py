@@ -129,7 +129,9 @@ def main() -> int:
                 check=False,
             )
         last = [line for line in done.stderr.splitlines() if " cov: " in line or "DONE" in line]
-        print(f"{name:10} {'ok' if not done.returncode else 'FAILED'}  {last[-1] if last else ''}")
+        print(
+            f"{name:10} {'FAILED' if done.returncode else 'ok'}  {''.join(last[-1:])}", flush=True
+        )
         if done.returncode:
             failed.append(name)
             print(done.stderr[-4000:])

@@ -73,7 +73,9 @@ def test_the_sheets_say_what_is_right_and_what_is_near():
 
 
 def test_what_is_wrong_is_named(data, tmp_path, train):
-    with pytest.raises(ValueError, match=r"callbacks\.pictures: every_samples=0, pairs=1"):
-        Pictures(every_samples=0, pairs=1)
+    with pytest.raises(ValueError, match=r"callbacks\.pictures\.every_samples=0"):
+        Pictures(every_samples=0)
+    with pytest.raises(ValueError, match=r"callbacks\.pictures\.pairs=1"):
+        Pictures(every_samples=9, pairs=1)
     done = train(data, tmp_path, "x", "trainer=fsdp", "trainer.devices=1", *WORDS, code=2)
     assert "callbacks.pictures=null" in done.stderr

@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -20,13 +19,13 @@ from pipeline.tracking.pictures import (
     seen_only,
 )
 from pipeline.tracking.wandb import SteadyWandb
+from pipeline.trainer.callbacks.periodic import Periodic, modes_restored
 
 log = logging.getLogger(__name__)
 
 
-class Pictures(pl.Callback):
-    """every_samples: pairs between two sets of pictures, to the next whole step; also at the end.
-    pairs: of rank 0's batch that are looked at.
+class Pictures(Periodic):
+    """every_samples: see Periodic.  pairs: of rank 0's batch that are looked at.
 
     runs/N/media/SAMPLES-WHAT.png: `retrieval` (captions nearest to images), `nearest-negatives`
     (what the loss pushes apart, the likeliest false negatives first), `kept-patches` (where image
@@ -35,27 +34,23 @@ class Pictures(pl.Callback):
     Price: a forward of `pairs`, and two seconds of drawing, each time.
     """
 
+    name = "pictures"
+
     def __init__(self, *, every_samples: int, pairs: int = 128) -> None:
-        if every_samples < 1 or pairs < 2:
-            raise ValueError(
-                f"callbacks.pictures: every_samples={every_samples}, pairs={pairs}: at least 1 "
-                "and 2"
-            )
-        self.every_samples, self.pairs = every_samples, pairs
+        super().__init__(every_samples)
+        if pairs < 2:
+            raise ValueError(f"callbacks.pictures.pairs={pairs}: at least 2")
+        self.pairs = pairs
         self.kept: Tensor | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise ValueError(
-                f"callbacks.pictures with {type(trainer.strategy).__name__}, which keeps weights "
-                "in pieces: callbacks.pictures=null"
-            )
+    def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> bool:
+        return trainer.is_global_zero and super().due(trainer, pl_module, step)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Which patches this step keeps is known before it alone: its number goes up with it."""
-        if self._due(trainer, pl_module, trainer.global_step + 1):
+        if self.due(trainer, pl_module, trainer.global_step + 1):
             self.kept = pl_module.inputs(batch)[2]
 
     def on_train_batch_end(
@@ -66,7 +61,7 @@ class Pictures(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if not self._due(trainer, pl_module, trainer.global_step):
+        if not self.due(trainer, pl_module, trainer.global_step):
             return
         kept, self.kept = self.kept, None
         seen = pl_module.phase.samples_at(trainer.global_step)
@@ -84,12 +79,6 @@ class Pictures(pl.Callback):
                 if isinstance(logger, SteadyWandb):
                     logger.picture(f"media/{name}", path, seen)
 
-    def _due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> bool:
-        phase = pl_module.phase
-        passed = phase.samples_at(step) // self.every_samples
-        before = phase.samples_at(step - 1) // self.every_samples
-        return trainer.is_global_zero and (passed > before or step >= trainer.max_steps)
-
     @torch.inference_mode()
     def _sheets(
         self, pl_module: pl.LightningModule, batch: Any, kept: Tensor | None
@@ -100,12 +89,10 @@ class Pictures(pl.Callback):
             pixels = pixels[:, 0]
         captions = batch["captions"][: self.pairs]
         tokenizer = build(config.tokenizer, **shortened(config))
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        image_embed = model.encode_image(pl_module.transform.normalise(pixels))
-        text_embed = model.encode_text(tokenizer(captions).to(pl_module.device))
-        for module, mode in modes:
-            module.training = mode
+        with modes_restored(model):
+            model.eval()
+            image_embed = model.encode_image(pl_module.transform.normalise(pixels))
+            text_embed = model.encode_text(tokenizer(captions).to(pl_module.device))
         similarity, pixels = model.similarity(image_embed, text_embed).float().cpu(), pixels.cpu()
         sheets = {
             "retrieval": retrieval_sheet(pixels, captions, similarity),
