@@ -153,7 +153,10 @@ def test_what_is_out_of_range_is_named():
         Lorentz(init_curvature=20)
 
 
-@pytest.fixture(scope="module", params=CHOICES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("arc", marks=pytest.mark.slow), "euclidean_squared", "lorentz_distance"],
+)
 def run(request, data, tmp_path_factory, train):
     """(name of the metric, a run trained with it)."""
     folder = tmp_path_factory.mktemp("runs")

@@ -42,6 +42,7 @@ def test_the_run_is_the_same_and_its_numbers_are_beside_it(data, tmp_path, train
     assert rows[0]["eval/geometry/gap"] != rows[-1]["eval/geometry/gap"]
 
 
+@pytest.mark.slow
 def test_two_processes_share_it(data, tmp_path, train):
     knobs = ["samples_seen=192", "trainer.devices=2", "trainer.strategy=ddp"]
     train(data, tmp_path, "alone", "samples_seen=192", *words(data, every=96))
