@@ -23,7 +23,7 @@ chaos: env ## a hundred faults to real training runs; the table of docs/reliabil
 fuzz: env ## a million broken and hostile inputs to every reader
 	-$(BIN)/python -m pip install --quiet -e ".[fuzz]" -c requirements/constraints.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.guided --runs $(or $(GUIDED),100000)
-	FUZZ_INPUTS=$(or $(INPUTS),1000000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/fuzz
+	FUZZ_INPUTS=$(or $(INPUTS),1000000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TESTS) --dist worksteal tests/fuzz
 
 test-engines: env ## curation on a real SLURM and a real Ray of this machine, where they are installed
 	$(BIN)/python -m pytest -m "slurm or ray"
