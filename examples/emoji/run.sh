@@ -27,8 +27,9 @@ train() { # train NAME SHARDS SEED
     tokenizer.path="$OUT/tokenizer" samples_seen="$SAMPLES" schedule.warmup_samples=$((SAMPLES / 10)) \
     'callbacks=[default,pictures]' callbacks.pictures.every_samples=$((SAMPLES / 2))
 }
-evaluate() { # evaluate NAME
+evaluate() { # evaluate NAME: its numbers, also on its page
   python -m pipeline.evaluate run="$OUT/$1" eval=emoji
+  python -m pipeline.report run="$OUT/$1"
 }
 first=${SEEDS%% *}
 
