@@ -17,7 +17,7 @@ from pipeline.evals.zero_shot import ZeroShot, class_scores
 
 class OutOfDistribution:
     """AUROC and FPR95 of two scores: the largest softmax probability (MCM, arXiv:2211.13445), and
-    the largest cosine.
+    the largest cosine (of another metric: the largest similarity).
 
     data, split, templates: as `ZeroShot`'s: the known classes.
     outside, outside_split: a labelled set of other classes; null: `held_out` of the classes of

@@ -86,6 +86,7 @@ class CLIP(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
+        """First values of what is not in a tower."""
         for projection in (self.image_projection, self.text_projection):
             if isinstance(projection, nn.Linear):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
