@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.optim.groups import Rates, check_whole
+from pipeline.optim.groups import Rates
+from pipeline.optim.parts import Whole
 
 
 class Lamb:
@@ -17,8 +18,8 @@ class Lamb:
     0. Parameters that are not decayed (gains, biases, no_decay) have ratio 1: AdamW's step.
     The defaults are EVA-CLIP's; the bounds are those of DeepSpeed's implementation, the paper
     leaves them open.
-    Price: AdamW's memory and one more temporary copy of the largest group; two norms a matrix.
-    Not under ZeRO, which cuts parameters into pieces: the step raises ValueError.
+    Price: AdamW's memory and one more temporary copy of the largest group; two norms a matrix,
+    under ZeRO summed over the ranks, one reduction of two numbers a matrix for each group.
     """
 
     def __init__(
@@ -46,7 +47,10 @@ class Lamb:
 
 
 class LambOptimizer(torch.optim.Optimizer):
-    """The step of Lamb on the groups of Rates; state as AdamW's: step, exp_avg, exp_avg_sq."""
+    """The step of Lamb on the groups of Rates; state as AdamW's: step, exp_avg, exp_avg_sq.
+
+    parts: where the parameters are, if a strategy hands over something else than parameters.
+    """
 
     def __init__(
         self,
@@ -57,6 +61,7 @@ class LambOptimizer(torch.optim.Optimizer):
         bounds: tuple[float, float],
     ) -> None:
         super().__init__(groups, {"betas": betas, "eps": eps, "bounds": bounds})
+        self.parts = Whole()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -65,7 +70,7 @@ class LambOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_whole(self.param_groups, "LAMB")
+        self.parts.check(self.param_groups, "LAMB")
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
@@ -78,13 +83,13 @@ class LambOptimizer(torch.optim.Optimizer):
             torch._foreach_add_(updates, params, alpha=group["weight_decay"])
         if group["decayed"]:
             low, high = group["bounds"]
+            changes = self.parts.cut(params, updates)
+            norms = self.parts.norms([*self.parts.cut(params, params), *changes])
             ratios = [
                 torch.where((w > 0) & (u > 0), (w / u).clamp(low, high), 1.0)
-                for w, u in zip(
-                    torch._foreach_norm(params), torch._foreach_norm(updates), strict=True
-                )
+                for w, u in zip(norms[: len(changes)], norms[len(changes) :], strict=True)
             ]
-            torch._foreach_mul_(updates, ratios)
+            torch._foreach_mul_(changes, ratios)
         torch._foreach_add_(params, updates, alpha=-group["lr"])
 
     def _adam_directions(self, group: Mapping, params: list[Tensor]) -> list[Tensor]:

@@ -22,6 +22,7 @@ from pipeline.losses.softmax import SoftmaxLoss
 from pipeline.models.clip import CLIP
 from pipeline.models.text import TextTransformer
 from pipeline.models.vit import VisionTransformer
+from pipeline.optim.lamb import Lamb
 from pipeline.tokens.random import RandomTokens
 from pipeline.trainer.cached_step import CachedContrastiveStep, encoded, formula, scalars
 from pipeline.trainer.strategies.ddp import Replicated
@@ -32,6 +33,7 @@ from pipeline.trainer.strategies.zero import (
     Zero,
     prepare_cpu,
     register_loss_parameters,
+    use_pieces,
     zero_options,
 )
 from pipeline.trainer.strategies.zero_state import value_of
@@ -209,7 +211,14 @@ def run_fsdp(
     return results | {"norm": adapter.outcome()[0], "clipped": norm.item()}
 
 
-def engine_of(trained: Trained, stage: int, *, offload: bool = False, **config: Any) -> Any:
+def engine_of(
+    trained: Trained,
+    stage: int,
+    *,
+    offload: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+    **config: Any,
+) -> Any:
     prepare_cpu()
     import deepspeed
 
@@ -221,13 +230,50 @@ def engine_of(trained: Trained, stage: int, *, offload: bool = False, **config: 
     }
     engine, *_ = deepspeed.initialize(
         model=trained,
-        optimizer=torch.optim.SGD(trained.parameters(), lr=1.0),
+        optimizer=optimizer or torch.optim.SGD(trained.parameters(), lr=1.0),
         config={"train_micro_batch_size_per_gpu": 1, **options},
         dist_init_required=False,
     )
     if stage == 3:
         register_loss_parameters(trained)
+    use_pieces(engine)
     return engine
+
+
+# An eps that is no smaller than most gradients, so that rounding does not turn a step's sign; rates
+# by tower and depth, so that there are several groups.
+LAMB = Lamb(
+    lr=0.05,
+    eps=1e-2,
+    weight_decay=0.1,
+    max_coeff=1.5,
+    towers={"image": {"layer_decay": 0.5}, "text": {"lr": 0.02}},
+)
+
+
+def run_lamb(index: int, stage: int | None, *, offload: bool = False) -> dict[str, Tensor]:
+    """Weights after three steps of LAMB; stage None: DistributedDataParallel."""
+    trained = Trained(torch.float32)
+    if stage is None:
+        shapes = {name: parameter.shape for name, parameter in trained.named_parameters()}
+        optimizer = LAMB.make(trained)
+        adapter: Any = Replicated(model=DistributedDataParallel(trained))
+        update = optimizer.step
+    else:
+        shapes = widen_scalars(trained)
+        engine = engine_of(trained, stage, offload=offload, optimizer=LAMB.make(trained))
+        adapter = Zero(model=engine, backward=engine.backward, reduce_gradients="once")
+        update = engine.step
+    step = step_of(trained, adapter, 3)
+    for number in range(3):
+        torch.manual_seed(100 + index + 10 * number)
+        if stage is None:
+            trained.zero_grad(set_to_none=True)
+        step(*batch_of(index, torch.float32))
+        update()
+    if stage is None:
+        return {name: parameter.detach().clone() for name, parameter in trained.named_parameters()}
+    return weights_of(trained, shapes)
 
 
 def run_zero(

@@ -129,20 +129,26 @@ def launched(index: int, port: str) -> None:
 
 
 def relay(
-    index: int, port: str, data: Path, runs: Path, strategies: list[str], faulty: list[str]
+    index: int,
+    port: str,
+    data: Path,
+    runs: Path,
+    strategies: list[str],
+    faulty: list[str],
+    more: list[str],
 ) -> None:
     """One run that every strategy continues for two steps; the same under DDP alone; and runs with
-    two faulty steps.
+    two faulty steps. more: words of all runs.
     """
     launched(index, port)
     steps = LEG * len(strategies)
     for leg, name in enumerate(strategies):
-        cfg = config_of(data, runs, "relay", steps, WORDS[name])
+        cfg = config_of(data, runs, "relay", steps, [*WORDS[name], *more])
         at_once = SaveAtOnce(runs / f"at_once-{leg * LEG}.ckpt")
         run(cfg, StopAt((leg + 1) * LEG), at_once)
-    run(config_of(data, runs, "ddp", steps, WORDS["ddp"]))
+    run(config_of(data, runs, "ddp", steps, [*WORDS["ddp"], *more]))
     for name in faulty:
-        words = [*WORDS[name], "checkpoint_every_steps=1", *fault(rank=1, steps=[2, 3])]
+        words = [*WORDS[name], *more, "checkpoint_every_steps=1", *fault(rank=1, steps=[2, 3])]
         run(config_of(data, runs, f"faulty_{name}", 4, words))
 
 

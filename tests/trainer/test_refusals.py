@@ -77,12 +77,12 @@ def test_stages_that_are_none(stage, offload):
 
 
 def test_optimizers_that_need_whole_parameters():
-    class Lamb(torch.optim.SGD.__base__):
+    class Shampoo(torch.optim.SGD.__base__):
         pass
 
     weights = [nn.Parameter(torch.zeros(2, 2))]
-    with pytest.raises(ValueError, match="Lamb looks at whole parameters"):
-        refuse_whole_parameter_rules(Lamb(weights, {}))
+    with pytest.raises(ValueError, match="Shampoo looks at whole parameters"):
+        refuse_whole_parameter_rules(Shampoo(weights, {}))
     refuse_whole_parameter_rules(torch.optim.AdamW(weights))
 
 

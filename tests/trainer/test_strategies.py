@@ -147,6 +147,8 @@ def run_rank(index: int, world: int, which: str, directory: str) -> None:
     results: dict[Any, Any] = {case: run(index) for case, run in table.items()}
     if which == "fast":
         results["controls"], results["unequal"] = run_controls(index), run_unequal(index)
+        results["lamb"] = {stage: cases.run_lamb(index, stage) for stage in (None, 1, 2, 3)}
+        results["lamb"]["offload"] = cases.run_lamb(index, 2, offload=True)
     cases.leave(index, directory, results)
 
 
@@ -190,6 +192,19 @@ def check(case: Case, ranks: list[dict[Any, Any]]) -> None:
 @pytest.mark.parametrize("case", FAST, ids=str)
 def test_two_processes_equal_the_oracle(case: Case, two: list[dict[Any, Any]]) -> None:
     check(case, two)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, "offload"])
+def test_lamb_on_pieces_is_lamb_on_whole_parameters(
+    stage: int | str, two: list[dict[Any, Any]]
+) -> None:
+    """Three steps, rates by tower and depth; bounds that some parameters meet."""
+    start = dict(cases.Trained(SINGLE).named_parameters())
+    for results in two:
+        whole, pieces = results["lamb"][None], results["lamb"][stage]
+        assert largest_difference(pieces, whole) <= 1e-6
+        moved = min((whole[name] - start[name]).abs().max().item() for name in whole)
+        assert moved > 1e-4
 
 
 @pytest.mark.slow

@@ -24,14 +24,22 @@ SLOW = [
     "deepspeed_2_offload",
     "fsdp",
 ]
+LAMB = ["fsdp", "deepspeed_1", "deepspeed_3", "ddp", "deepspeed_2_offload", "deepspeed_3_offload"]
 
 
-@pytest.fixture(scope="module", params=[FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=len)
+@pytest.fixture(
+    scope="module",
+    params=[
+        (FAST, ["fsdp"], []),
+        pytest.param((SLOW, sorted(set(SLOW)), []), marks=pytest.mark.slow),
+        pytest.param((LAMB, ["deepspeed_1"], ["optimizer=lamb"]), marks=pytest.mark.slow),
+    ],
+    ids=["fast", "slow", "lamb"],
+)
 def relay(request, data, tmp_path_factory):
     """(folder of the runs, strategies in order, strategies of the faulty runs)"""
-    folder, strategies = tmp_path_factory.mktemp("relay"), request.param
-    faulty = ["fsdp"] if strategies is FAST else sorted(set(strategies))
-    arguments = (runs.free_port(), data, folder, strategies, faulty)
+    folder, (strategies, faulty, more) = tmp_path_factory.mktemp("relay"), request.param
+    arguments = (runs.free_port(), data, folder, strategies, faulty, more)
     mp.spawn(runs.relay, args=arguments, nprocs=2)
     return folder, strategies, faulty
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from pipeline.trainer.strategies.scalars import widen_scalars
 from pipeline.trainer.strategies.single import SingleProcess
+from pipeline.trainer.strategies.zero_parts import Pieces
 from pipeline.trainer.strategies.zero_state import (
     gathered,
     load_optimizer,
@@ -180,7 +181,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         import deepspeed
 
         names = {parameter: name for name, parameter in model.named_parameters()}
-        refuse_whole_parameter_rules(optimizer)
+        if self.stage > 0:
+            refuse_whole_parameter_rules(optimizer)
         self._names = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
         engine, optimizer, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank),
@@ -193,6 +195,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         )
         if self.stage == 3:
             register_loss_parameters(model)
+        use_pieces(engine)
         return engine, optimizer
 
     def whole(self) -> AbstractContextManager:
@@ -251,11 +254,19 @@ def register_loss_parameters(module: nn.Module) -> None:
 def refuse_whole_parameter_rules(optimizer: Optimizer) -> None:
     """ZeRO gives an optimizer flat pieces: a rule that reads a parameter's shape or norm is wrong.
 
-    An optimizer that is right on pieces and not in torch says so: `elementwise = True`.
+    An optimizer that is right on pieces and not in torch says so: `elementwise = True`, or by the
+    `parts` (`pipeline.optim.parts`) that it asks.
     """
     known = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam)
-    if not isinstance(optimizer, known) and not getattr(optimizer, "elementwise", False):
+    right = isinstance(optimizer, known) or getattr(optimizer, "elementwise", False)
+    if not right and not hasattr(optimizer, "parts"):
         raise ValueError(
             f"{type(optimizer).__name__} looks at whole parameters and ZeRO gives it flat pieces "
-            "of them: use trainer=ddp or trainer=fsdp, or optimizer=adamw"
+            "of them: use trainer=ddp or trainer=fsdp, or optimizer=adamw or lamb"
         )
+
+
+def use_pieces(engine: Any) -> None:
+    """Tell the engine's optimizer where the parameters are, if it wants to know."""
+    if engine.zero_optimization_stage() > 0 and hasattr(engine.optimizer.optimizer, "parts"):
+        engine.optimizer.optimizer.parts = Pieces(engine)
