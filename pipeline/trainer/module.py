@@ -67,12 +67,25 @@ def _derived_seed(*what: Any) -> int:
     return int.from_bytes(digest, "little")
 
 
-def step_noise(seed: int, step: int, pairs: int, tokens: int, *, what: str = "tokens") -> Tensor:
-    """(pairs, tokens) uniforms for the global batch of a step: the same on every rank and in any
-    world size. what: draws under another word are independent.
+NOISE_BLOCK = 1024
+
+
+def step_noise(
+    seed: int, step: int, first: int, pairs: int, tokens: int, *, what: str = "tokens"
+) -> Tensor:
+    """(pairs, tokens) uniforms, for the pairs from `first` on of a step's global batch: the same
+    for a pair on whichever rank it is. what: draws under another word are independent.
+
+    Drawn in blocks of pairs with seeds of their own, since all of a batch of 65,536 would take
+    longer than some steps: a rank draws the blocks it has pairs in.
     """
-    source = torch.Generator().manual_seed(_derived_seed(seed, what, step))
-    return torch.rand(pairs, tokens, generator=source)
+    parts = []
+    for start in range(first - first % NOISE_BLOCK, first + pairs, NOISE_BLOCK):
+        block = [start // NOISE_BLOCK] if start else []
+        source = torch.Generator().manual_seed(_derived_seed(seed, what, step, *block))
+        rows = min(NOISE_BLOCK, first + pairs - start)
+        parts.append(torch.rand(rows, tokens, generator=source)[max(first - start, 0) :])
+    return torch.cat(parts)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -206,33 +219,28 @@ class ContrastiveModule(pl.LightningModule):
         # Where gradients are unscaled, in every precision.
         self.strategy.clip(self.gradient_clip_norm)
 
+    def noise(self, local_batch: int, tokens: int, *, what: str) -> Tensor:
+        """This rank's rows of the step's noise."""
+        first = self.trainer.global_rank * local_batch
+        step = self.trainer.global_step
+        return step_noise(self.seed, step, first, local_batch, tokens, what=what)
+
     def kept_tokens(self, local_batch: int) -> Tensor | None:
         """Patch indices (B, K) of this rank's pairs in this step, or None when nothing is
         dropped.
         """
         if self.image_tokens is None:
             return None
-        noise = step_noise(
-            self.seed, self.trainer.global_step, self.global_batch_size, self.model.image.num_tokens
-        )
-        start = self.trainer.global_rank * local_batch
-        kept = self.image_tokens.from_noise(noise[start : start + local_batch])
+        noise = self.noise(local_batch, self.model.image.num_tokens, what="tokens")
+        kept = self.image_tokens.from_noise(noise)
         return None if kept is None else kept.to(self.device)
 
     def reduced_text(self, tokens: Tensor) -> Tensor:
         """This rank's captions as the text tower sees them in this step."""
         if self.text_tokens is None:
             return tokens
-        noise = step_noise(
-            self.seed,
-            self.trainer.global_step,
-            self.global_batch_size,
-            tokens.shape[1],
-            what="words",
-        )
-        start = self.trainer.global_rank * len(tokens)
-        noise = noise[start : start + len(tokens)].to(tokens.device)
-        return self.text_tokens.reduce(tokens, noise)
+        noise = self.noise(*tokens.shape, what="words")
+        return self.text_tokens.reduce(tokens, noise.to(tokens.device))
 
     def inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
         """What both passes of the step are given: see CachedContrastiveStep."""
