@@ -45,19 +45,24 @@ class _LogSumExps(torch.autograd.Function):
         with without_autocast(image.device):
             rows, columns = (image * scale).contiguous(), text.contiguous()
             image_lse = rows.new_full(rows.shape[:1], -torch.inf)
+            own_logit = torch.empty_like(image_lse)
 
-            def visit(_: int, columns: Tensor) -> Tensor:
+            def visit(owner: int, columns: Tensor) -> Tensor:
                 column_lse = torch.full_like(image_lse, -torch.inf)
                 for r, c in tiles_of(rows, tile):
-                    over_columns, over_rows = kernels.log_sum_exps(rows[r], columns[c])
+                    own = owner == peers.rank and r == c
+                    over_columns, over_rows, diagonal = kernels.log_sum_exps(
+                        rows[r], columns[c], own=own
+                    )
+                    if own:
+                        own_logit[r] = diagonal
                     torch.logaddexp(image_lse[r], over_columns, out=image_lse[r])
                     torch.logaddexp(column_lse[c], over_rows, out=column_lse[c])
                 return column_lse
 
             text_lse = peers.carry((columns,), visit, torch.logaddexp)
-            own = (rows * columns).sum(1)
         ctx.save_for_backward(image, text, scale, image_lse, text_lse)
-        return image_lse, text_lse, own
+        return image_lse, text_lse, own_logit
 
     @staticmethod
     @once_differentiable
@@ -69,16 +74,17 @@ class _LogSumExps(torch.autograd.Function):
         kernels = choose_kernels(backend, image.device, image.dtype)
         with without_autocast(image.device):
             rows, columns = (image * scale).contiguous(), text.contiguous()
-            image_grad = own_weight[:, None] * columns
+            image_grad = torch.zeros_like(rows)
             image_weight, text_weight = image_weight.contiguous(), text_weight.contiguous()
 
             def visit(owner: int, columns: Tensor, lse: Tensor, weight: Tensor) -> Tensor:
-                own = owner == peers.rank
-                grad = own_weight[:, None] * rows if own else torch.zeros_like(columns)
+                grad = torch.zeros_like(columns)
                 for r, c in tiles_of(rows, tile):
                     weights = kernels.softmax_weights(
                         rows[r], columns[c], image_lse[r], lse[c], image_weight[r], weight[c]
                     )
+                    if owner == peers.rank and r == c:
+                        weights.diagonal().add_(own_weight[r])
                     image_grad[r].addmm_(weights, columns[c])
                     grad[c].addmm_(weights.T, rows[r])
                 return grad

@@ -8,15 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def log_sum_exps(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """log sum exp of the logits over columns, (R,), and over rows, (C,)."""
+def log_sum_exps(
+    rows: Tensor, columns: Tensor, *, own: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """log sum exp of the logits over columns, (R,), and over rows, (C,); and the diagonal, (R,).
+
+    own: row i and column i are a pair; otherwise there is no diagonal. It comes from the same
+    product as the sums, so that what the product rounds cancels between them.
+    """
     logits = rows @ columns.T
+    diagonal = logits.diagonal().clone() if own else None
     # exp(100) overflows float32, so each line is shifted by its own maximum.
     highest = logits.amax(1)
     over_columns = (logits - highest[:, None]).exp_().sum(1).log_().add_(highest)
     highest = logits.amax(0)
     over_rows = logits.sub_(highest).exp_().sum(0).log_().add_(highest)
-    return over_columns, over_rows
+    return over_columns, over_rows, diagonal
 
 
 def softmax_weights(

@@ -73,14 +73,22 @@ def _signed(logits, bias, r, c, OWN: tl.constexpr):
 
 
 @triton.jit
+def _within(matrix, r, c, num_columns):
+    # A tile of 46,341 rows has places that int32 does not hold.
+    return matrix + r[:, None].to(tl.int64) * num_columns + c[None, :]
+
+
+@triton.jit
 def _log_sum_exps(
     rows,
     columns,
     over_columns,
     over_rows,
+    diagonal,
     num_rows,
     num_columns,
     width,
+    OWN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
@@ -99,6 +107,9 @@ def _log_sum_exps(
     highest = tl.max(along, 0)
     lse = highest + tl.log(tl.sum(tl.exp(along - highest[None, :]), 0))
     tl.store(over_rows + row_block * num_columns + c, lse, mask=c < num_columns)
+    if OWN and row_block == column_block:
+        logit = tl.sum(tl.where(r[:, None] == c[None, :], logits, 0.0), 1)
+        tl.store(diagonal + r, logit, mask=r < num_rows)
 
 
 @triton.jit
@@ -131,7 +142,7 @@ def _softmax_weights(
     factor = tl.load(column_weight + c, mask=column_inside, other=0.0)[None, :]
     result += factor * tl.exp(logits - shift)
     inside = row_inside[:, None] & column_inside[None, :]
-    tl.store(weights + r[:, None] * num_columns + c[None, :], result, mask=inside)
+    tl.store(_within(weights, r, c, num_columns), result, mask=inside)
 
 
 @triton.jit
@@ -187,9 +198,7 @@ def _sigmoid_weights(
     )  # fmt: skip
     signed, sign = _signed(logits, bias, r, c, OWN)
     inside = (r[:, None] < num_rows) & (c[None, :] < num_columns)
-    tl.store(
-        weights + r[:, None] * num_columns + c[None, :], -sign * tl.sigmoid(-signed), mask=inside
-    )
+    tl.store(_within(weights, r, c, num_columns), -sign * tl.sigmoid(-signed), mask=inside)
 
 
 def runs_on(device: torch.device) -> bool:
@@ -224,13 +233,18 @@ class _Grid:
         }
 
 
-def log_sum_exps(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def log_sum_exps(
+    rows: Tensor, columns: Tensor, *, own: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `torch_tiles.log_sum_exps`."""
     grid = _Grid(rows, columns)
     over_columns = rows.new_empty(grid.column_blocks, len(rows))
     over_rows = rows.new_empty(grid.row_blocks, len(columns))
-    _log_sum_exps[grid.programs](rows, columns, over_columns, over_rows, *grid.size, **grid.options)
-    return over_columns.logsumexp(0), over_rows.logsumexp(0)
+    diagonal = rows.new_empty(len(rows) if own else 0)
+    _log_sum_exps[grid.programs](
+        rows, columns, over_columns, over_rows, diagonal, *grid.size, OWN=own, **grid.options
+    )
+    return over_columns.logsumexp(0), over_rows.logsumexp(0), diagonal if own else None
 
 
 def softmax_weights(

@@ -187,6 +187,37 @@ def test_holds_features_and_one_tile(dense: Make, tiled: Make) -> None:
     assert largest.elements == 256 * 256
 
 
+class Truncated(TorchDispatchMode):
+    """Matrix products whose operands have TensorFloat-32's 10 bits, as some GPUs cut them."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        if function._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            *added, left, right = args
+            cut = [
+                (x.contiguous().view(torch.int32) & ~0x1FFF).view(x.dtype) for x in (left, right)
+            ]
+            args = (*added, *cut)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("alike", "scale"), [(0.2, 50.0), (0.3, 100.0), (0.9, 100.0)])
+def test_rounded_products_cancel_as_in_the_dense_loss(alike: float, scale: float) -> None:
+    """A pair's own logit is rounded as those it is compared with: else a loss may be negative."""
+    generator = torch.Generator().manual_seed(0)
+    common, *own = (
+        F.normalize(torch.randn(256, 64, generator=generator), dim=-1) for _ in range(3)
+    )
+    rows = [F.normalize(alike**0.5 * common + (1 - alike) ** 0.5 * x, dim=-1) for x in own]
+    scalars = [torch.tensor(scale).log(), torch.tensor(-10.0)]
+    inputs = [x.requires_grad_() for x in (*rows, *scalars)]
+    exact = loss_and_gradients(SoftmaxLoss(), inputs)
+    with Truncated():
+        theirs = loss_and_gradients(SoftmaxLoss(), inputs)
+        ours = loss_and_gradients(TiledSoftmaxLoss(tile=100), inputs)
+    for mine, dense, value in zip(ours, theirs, exact, strict=True):
+        assert (mine - value).norm() <= 2 * (dense - value).norm() + 1e-4 * value.norm() + 1e-5
+
+
 @both
 def test_works_without_gradients_and_for_frozen_inputs(dense: Make, tiled: Make) -> None:
     inputs = leaves(10, 6, 14.0)

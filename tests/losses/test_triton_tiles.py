@@ -55,9 +55,18 @@ def tile(num_rows: int, num_columns: int, width: int, scale: float) -> tuple[Ten
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_softmax_tiles(size: tuple[int, int, int], scale: float) -> None:
     rows, columns = tile(*size, scale)
-    expected = torch_tiles.log_sum_exps(rows, columns)
-    for ours, theirs in zip(triton_tiles.log_sum_exps(rows, columns), expected, strict=True):
-        close(ours, theirs)
+    *expected, _ = torch_tiles.log_sum_exps(rows, columns, own=False)
+    *ours, diagonal = triton_tiles.log_sum_exps(rows, columns, own=False)
+    for mine, theirs in zip(ours, expected, strict=True):
+        close(mine, theirs)
+    assert diagonal is None
+    square = rows, torch.cat([columns, rows])[: len(rows)]
+    for mine, theirs in zip(
+        triton_tiles.log_sum_exps(*square, own=True),
+        torch_tiles.log_sum_exps(*square, own=True),
+        strict=True,
+    ):
+        close(mine, theirs)
     factors = [torch.linspace(-1, 2, count, device=DEVICE) for count in size[:2]]
     given = (rows, columns, *expected, *factors)
     close(triton_tiles.softmax_weights(*given), torch_tiles.softmax_weights(*given), 5e-5)
