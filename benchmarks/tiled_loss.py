@@ -1,14 +1,13 @@
-"""Tiled losses beside the dense ones, ours and open_clip's, and beside Inf-CL on a GPU.
+"""Tiled losses beside the dense ones, ours and open_clip's, on a CPU.
 
     OMP_NUM_THREADS=1 .venv-peer/bin/python -m benchmarks.tiled_loss
 
 runs in the environment of `make peer`, all in one process and in turn, and writes
-benchmarks/results/tiled_loss.md. On a CPU times are CPU seconds of one thread; with a CUDA device,
-milliseconds of the device, and Inf-CL (`pip install --no-deps inf-cl`) takes part.
+benchmarks/results/tiled_loss.md. Times are CPU seconds of one thread. For a GPU, with Inf-CL
+beside, there is `benchmarks/tiled_loss_gpu.py`.
 `python -m benchmarks.tiled_loss peak NAME` is one process that measures its peak memory.
 """
 
-import importlib.util
 import json
 import platform
 import subprocess
@@ -41,16 +40,6 @@ def of_features(term: torch.nn.Module) -> Loss:
     return lambda image, text, scale, bias: term(
         PairFeatures(image_embed=image, text_embed=text, logit_scale=scale, logit_bias=bias)
     )
-
-
-def inf_cl(image: Tensor, text: Tensor, scale: Tensor, _: Tensor) -> Tensor:
-    """Both directions, as a CLIP loss needs them."""
-    from inf_cl import cal_flash_loss
-
-    return (
-        cal_flash_loss(image, text, scale=scale).mean()
-        + cal_flash_loss(text, image, scale=scale).mean()
-    ) / 2
 
 
 # family -> name -> loss; the first is what ratios refer to
@@ -156,47 +145,6 @@ def cpu_tables() -> list[str]:
     return lines
 
 
-def gpu_row(loss: Loss, pairs: int) -> str:
-    """Milliseconds, best of rounds, and peak GiB beyond the inputs; or what stopped it."""
-    inputs = inputs_of(pairs, "cuda")
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        times = []
-        for _ in range(ROUNDS + 1):  # the first one compiles
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            step(loss, inputs)
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
-    except torch.cuda.OutOfMemoryError:
-        return "out of memory"
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    return f"{min(times[1:]):.1f} ms, {peak:.2f} GiB"
-
-
-def gpu_tables() -> list[str]:
-    torch.set_float32_matmul_precision("high")
-    lines = [f"## GPU: {torch.cuda.get_device_name()}", ""]
-    lines += ["float32 features, TensorFloat-32 products in all. Forward and backward.", ""]
-    for family, losses in FAMILIES.items():
-        term = {"softmax": TiledSoftmaxLoss, "sigmoid": TiledSigmoidLoss}[family]
-        rows = {
-            "ours, tiled, triton": of_features(term(backend="triton")),
-            "ours, tiled, torch": of_features(term(backend="torch")),
-            **dict(list(losses.items())[1:]),
-        }
-        if family == "softmax" and importlib.util.find_spec("inf_cl"):
-            rows["Inf-CL, both directions"] = inf_cl
-        lines += ["| " + family + " | B = 16,384 | B = 65,536 | B = 262,144 |", "|---|---|---|---|"]
-        for name, loss in rows.items():
-            cells = [gpu_row(loss, pairs) for pairs in (16_384, 65_536, 262_144)]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return lines
-
-
 def main() -> None:
     if sys.argv[1:2] == ["peak"]:
         print_peak(*json.loads(sys.argv[2]))
@@ -214,11 +162,8 @@ def main() -> None:
         "storage once.",
         "",
         *cpu_tables(),
-        *(
-            gpu_tables()
-            if torch.cuda.is_available()
-            else ["## GPU", "", "Not run: no CUDA device. Inf-CL, which needs one, neither.", ""]
-        ),
+        "On a GPU, with Inf-CL beside: `benchmarks/tiled_loss_gpu.py`.",
+        "",
     ]
     RESULT.write_text("\n".join(lines))
     print("\n".join(lines))
