@@ -1,7 +1,7 @@
 """The fused tiles against torch's.
 
-On a GPU they are compiled. Without one, in an environment that has Triton, pytest interprets them
-on the CPU if TRITON_INTERPRET=1.
+On a GPU (`make test-gpu`) they are compiled. Without one, in an environment that has Triton, pytest
+interprets them on the CPU if TRITON_INTERPRET=1.
 Letters: R x C the tile, D embedding width.
 """
 
@@ -70,6 +70,29 @@ def test_softmax_tiles(size: tuple[int, int, int], scale: float) -> None:
     factors = [torch.linspace(-1, 2, count, device=DEVICE) for count in size[:2]]
     given = (rows, columns, *expected, *factors)
     close(triton_tiles.softmax_weights(*given), torch_tiles.softmax_weights(*given), 5e-5)
+
+
+@pytest.mark.parametrize("loss", [TiledSoftmaxLoss, TiledSigmoidLoss])
+def test_with_tensor_float_32(loss: type) -> None:
+    """The blocks and the instructions of the fast products; 10 bits of each factor."""
+    image, text = tile(300, 300, 64, 1.0)
+    scale, bias = (torch.tensor(value, device=DEVICE) for value in (14.0, -10.0))
+    inputs = [x.requires_grad_() for x in (image, text, scale, bias)]
+    names = ("image_embed", "text_embed", "logit_scale", "logit_bias")
+    results = []
+    for precision, backend in (("highest", "torch"), ("high", "triton")):
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            value = loss(tile=260, backend=backend)(
+                PairFeatures(**dict(zip(names, inputs, strict=True)))
+            )
+            gradients = torch.autograd.grad(value, inputs, materialize_grads=True)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        results.append([value.detach(), *gradients])
+    for ours, expected in zip(*reversed(results), strict=True):
+        assert (ours - expected).norm() <= 5e-3 * expected.norm() + 1e-6
 
 
 @pytest.mark.parametrize("own", [False, True])
