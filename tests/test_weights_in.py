@@ -5,13 +5,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPModel
+from transformers import ChineseCLIPConfig, ChineseCLIPModel, CLIPConfig, CLIPModel
 
 from pipeline.formats.checkpoint_file import load_weights
 from pipeline.formats.initial import InitialWeights
 from pipeline.formats.names import OPEN_CLIP
 from pipeline.models.clip import CLIP
+from pipeline.models.hf_text import HfText
 from pipeline.models.text import TextTransformer
+from pipeline.models.transformer import BlockStyle
 from pipeline.models.vit import VisionTransformer
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
@@ -121,6 +123,146 @@ def test_what_only_the_config_says_is_compared(clip_model, tmp_path):
             InitialWeights(**{name: str(folder)}).apply(ours(seed=5))
         other = {"image": "text", "text": "image"}[name]
         InitialWeights(**{other: str(folder)}).apply(ours(seed=5))
+
+
+BERT = {"model_type": "bert", "vocab_size": 300, "max_position_embeddings": 20}
+
+
+def test_a_chinese_clip_of_transformers_embeds_as_it_did(tmp_path):
+    torch.manual_seed(0)
+    sizes = {**TOWER, "num_hidden_layers": 2}
+    theirs = ChineseCLIPModel(
+        ChineseCLIPConfig(
+            vision_config={**sizes, "image_size": 24, "patch_size": 8},
+            text_config={**sizes, **BERT, "model_type": "chinese_clip_text_model"},
+            projection_dim=20,
+        )
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    text = HfText(config={**BERT, **sizes}, context_length=14, pooling="first")
+    model, (pixels, tokens) = CLIP(image=ours().image, text=text, embed_dim=20).eval(), batch()
+    report = InitialWeights(model=str(tmp_path)).apply(model)
+    assert report.new == [] and report.unused == []
+    with torch.no_grad():
+        found = model(pixels, tokens)
+        expected = (
+            theirs.get_image_features(pixels).pooler_output,
+            theirs.get_text_features(tokens, tokens != 0).pooler_output,
+        )
+    for one, other in zip(found, expected, strict=True):
+        other = torch.nn.functional.normalize(other, dim=-1)
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+EVA_BLOCK = {  # ours of a block -> EVA's own name of it
+    "norm_1.weight": "norm1.weight",
+    "norm_1.bias": "norm1.bias",
+    "norm_2.weight": "norm2.weight",
+    "norm_2.bias": "norm2.bias",
+    "attention.out.weight": "attn.proj.weight",
+    "attention.out.bias": "attn.proj.bias",
+}
+EVA_1 = EVA_BLOCK | {
+    "attention.qkv.weight": "attn.qkv.weight",
+    "mlp.up.weight": "mlp.fc1.weight",
+    "mlp.up.bias": "mlp.fc1.bias",
+    "mlp.down.weight": "mlp.fc2.weight",
+    "mlp.down.bias": "mlp.fc2.bias",
+}
+EVA_2 = EVA_BLOCK | {
+    "attention.norm_mixed.weight": "attn.inner_attn_ln.weight",
+    "attention.norm_mixed.bias": "attn.inner_attn_ln.bias",
+    "mlp.gate.weight": "mlp.w1.weight",
+    "mlp.gate.bias": "mlp.w1.bias",
+    "mlp.up.weight": "mlp.w2.weight",
+    "mlp.up.bias": "mlp.w2.bias",
+    "mlp.down.weight": "mlp.w3.weight",
+    "mlp.down.bias": "mlp.w3.bias",
+    "mlp.norm.weight": "mlp.ffn_ln.weight",
+    "mlp.norm.bias": "mlp.ffn_ln.bias",
+}
+EVA_OUTSIDE = {
+    "class_token": "cls_token",
+    "position": "pos_embed",
+    "patch_embed.weight": "patch_embed.proj.weight",
+    "patch_embed.bias": "patch_embed.proj.bias",
+    "ln_post.weight": "norm.weight",
+    "ln_post.bias": "norm.bias",
+}
+
+
+def eva(version, seed=0):
+    torch.manual_seed(seed)
+    second = version == 2
+    image = VisionTransformer(
+        image_size=24,
+        patch_size=8,
+        width=32,
+        layers=2,
+        heads=4,
+        activation="swiglu" if second else "gelu",
+        rotary_grid=16 if second else None,
+        ln_pre=False,
+        patch_bias=True,
+        block=BlockStyle(norm_eps=1e-6, qkv_bias="query_value", sub_norm=second),
+    )
+    model = CLIP(image=image, text=ours().text, embed_dim=20, image_projection="biased")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def evas_own(tower, version):
+    """As EVA's code names a tower's weights: modeling_pretrain.py and eva_vit_model.py."""
+    weights = tower.state_dict()
+    theirs = {name: weights[own] for own, name in EVA_OUTSIDE.items()}
+    theirs["pos_embed"], theirs["cls_token"] = theirs["pos_embed"][None], weights["class_token"]
+    for number in range(2):
+        own, their = f"transformer.blocks.{number}.", f"blocks.{number}."
+        for name, other in {1: EVA_1, 2: EVA_2}[version].items():
+            theirs[their + other] = weights[own + name]
+        query, value = weights[own + "attention.qkv.bias"].chunk(2)
+        theirs[their + "attn.q_bias"], theirs[their + "attn.v_bias"] = query, value
+        if version == 2:
+            parts = weights[own + "attention.qkv.weight"].chunk(3)
+            for part, piece in zip("qkv", parts, strict=True):
+                theirs[f"{their}attn.{part}_proj.weight"] = piece
+            theirs |= {f"{their}attn.rope.freqs_cos": torch.ones(9, 8)}
+    return theirs
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_evas_own_files(version, tmp_path):
+    """Of masked pre-training, which has heads of its own, and of EVA-CLIP."""
+    source = eva(version, seed=3)
+    theirs = evas_own(source.image, version)
+    masked = {"mask_token": torch.ones(1, 1, 32), "lm_head.weight": torch.ones(8, 32)}
+    torch.save({"model": theirs | masked}, tmp_path / "masked.pt")
+    model = eva(version, seed=5)
+    report = InitialWeights(image=str(tmp_path / "masked.pt")).apply(model)
+    assert report.unused == [] and not any(name.startswith("image.") for name in report.new)
+    pixels, tokens = batch()
+    with torch.no_grad():
+        assert torch.equal(model.image(pixels), source.image(pixels))
+
+    text = {n: t for n, t in source.state_dict().items() if n.startswith("text.")}
+    text = {f"text.{name}": tensor for name, tensor in OPEN_CLIP.write(text).items()}
+    torch.save(
+        {f"visual.{name}": tensor for name, tensor in theirs.items()}
+        | {"visual.head.weight": source.image_projection.weight.detach()}
+        | {"visual.head.bias": source.image_projection.bias.detach()}
+        | {"text.text_projection": source.text_projection.weight.detach().T}
+        | {"logit_scale": source.log_logit_scale.detach()}
+        | text,
+        tmp_path / "clip.pt",
+    )
+    model = eva(version, seed=5)
+    report = InitialWeights(model=str(tmp_path / "clip.pt")).apply(model)
+    assert report.new == [] and report.unused == []
+    with torch.no_grad():
+        for found, expected in zip(model(pixels, tokens), source(pixels, tokens), strict=True):
+            assert torch.equal(found, expected)
 
 
 def test_each_tower_from_its_own_checkpoint(clip_model, tmp_path):

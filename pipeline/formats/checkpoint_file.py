@@ -35,7 +35,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         path = _file_in(path)
     if not path.is_file():
         raise ValueError(f"{path} is missing: give a checkpoint file, or the directory of one")
-    return _text_at_the_root(_without_prefixes(_tensors(path)))
+    return _text_at_the_root(_tower_at_the_trunk(_without_prefixes(_tensors(path))))
 
 
 def _file_in(directory: Path) -> Path:
@@ -90,8 +90,21 @@ def _without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return weights
 
 
+def _tower_at_the_trunk(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Image towers of timm's and EVA's where open_clip has them: those by themselves are at the
+    root, those of EVA-CLIP's own files one level up.
+    """
+    for begin in ("", "visual."):
+        if f"{begin}patch_embed.proj.weight" in weights:
+            return {
+                f"visual.trunk.{name.removeprefix(begin)}" if name.startswith(begin) else name: w
+                for name, w in weights.items()
+            }
+    return dict(weights)
+
+
 def _text_at_the_root(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """open_clip's models with a "custom" text tower have it one level down."""
-    if "text.token_embedding.weight" not in weights:
+    if not any(name.startswith("visual.") for name in weights):
         return dict(weights)
     return {name.removeprefix("text."): tensor for name, tensor in weights.items()}

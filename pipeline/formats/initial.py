@@ -134,8 +134,8 @@ def layout_of(theirs: Mapping[str, Tensor], path: str) -> Layout:
         if layout.mark in theirs:
             return layout
     raise ValueError(
-        f"{path} holds no CLIP in the layout of ours, open_clip (also OpenAI's; timm towers) or "
-        f"transformers; its names begin with {sorted(theirs)[:3]}"
+        f"{path} holds no CLIP in the layout of ours, open_clip (also OpenAI's; timm's and EVA's "
+        f"towers) or transformers; its names begin with {sorted(theirs)[:3]}"
     )
 
 

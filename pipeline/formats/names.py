@@ -6,7 +6,7 @@ which the first that is there counts; several tensors are stacked.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ OPEN_CLIP_RULES: Rules = [
     (r"^image\.", "visual."),
     (r"^text\.token_embed", "token_embedding"),
     (r"^text\.position", "positional_embedding"),
+    (r"^text\.model\.", "transformer."),  # a text model of Hugging Face's
     (r"^text\.", ""),
     (r"\.blocks\.", ".resblocks."),
     (r"\.norm_([12])\.", r".ln_\1."),
@@ -60,6 +61,15 @@ TIMM_RULES: Rules = [
     (r"\.mlp\.gate\.", ".mlp.fc1_g."),
     (r"\.mlp\.down\.", ".mlp.fc2."),
 ]
+# EVA's own files of EVA-02, where timm has other words.
+EVA_RULES: Rules = [
+    *TIMM_RULES,
+    (r"\.mlp\.fc1_g\.", ".mlp.w1."),
+    (r"\.mlp\.fc1\.", ".mlp.w2."),
+    (r"\.mlp\.fc2\.", ".mlp.w3."),
+    (r"\.mlp\.norm\.", ".mlp.ffn_ln."),
+    (r"\.attn\.norm\.", ".attn.inner_attn_ln."),
+]
 TRANSFORMERS_RULES: Rules = [
     (r"^image\.patch_embed", "vision_model.embeddings.patch_embedding"),
     (r"^image\.class_token", "vision_model.embeddings.class_embedding"),
@@ -71,6 +81,7 @@ TRANSFORMERS_RULES: Rules = [
     (r"^text\.position", "text_model.embeddings.position_embedding.weight"),
     (r"^text\.ln_final", "text_model.final_layer_norm"),
     (r"^text\.transformer\.blocks", "text_model.encoder.layers"),
+    (r"^text\.model\.", "text_model."),  # ChineseCLIP's
     (r"\.norm_([12])\.", r".layer_norm\1."),
     (r"\.attention\.([qkv])\.", r".self_attn.\1_proj."),
     (r"\.attention\.out\.", ".self_attn.out_proj."),
@@ -86,6 +97,9 @@ SIGLIP_RULES: Rules = [
     (r"^text_projection", "text_model.head"),
     *TRANSFORMERS_RULES,
 ]
+
+
+OTHERS = r"(^|\.)(attn_mask|position_ids)$|^(input_resolution|context_length|vocab_size)$"
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,7 @@ class Layout:
     image_rules: Rules | None = None
     joined: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
-    others: str = r"(^|\.)(attn_mask|position_ids)$|^(input_resolution|context_length|vocab_size)$"
+    others: str = OTHERS
 
     def rename(self, name: str) -> str:
         own = self.image_rules is not None and name.startswith("image")
@@ -159,6 +173,7 @@ class Layout:
             yield tuple(self.rename(name.replace(".qkv.", f".{part}_")) for part in "qv")
         if name == "text_projection.weight":
             yield ("text_projection",)
+            yield ("proj.weight",)  # open_clip's, behind a text model of Hugging Face's
         if ".mlp.up." in name:
             yield (self.rename(name).replace(".fc1.", ".fc1_x."),)  # timm's, beside a gate
 
@@ -191,7 +206,10 @@ TIMM = Layout(
     image_part=r"visual\.trunk\.(?!head\.)",
     text_part=OPEN_CLIP.text_part,
     transposed=("text_projection",),
+    # EVA's tables of rotary positions, and what its masked pre-training needs alone
+    others=OTHERS + r"|\.rope\.freqs_(cos|sin)$|^visual\.trunk\.(mask_token$|lm_head\.)",
 )
+EVA = replace(TIMM, image_rules=EVA_RULES, mark="visual.trunk.blocks.0.mlp.w1.weight")
 TRANSFORMERS = Layout(
     rules=TRANSFORMERS_RULES,
     mark="vision_model.embeddings.patch_embedding.weight",
@@ -213,4 +231,5 @@ SIGLIP = Layout(
     },
 )
 OURS = Layout(rules=[], mark="image.patch_embed.weight", image_part=r"image\.", text_part=r"text\.")
-LAYOUTS = (OURS, OPEN_CLIP, TIMM, SIGLIP, TRANSFORMERS)  # SigLIP has the mark of both
+# EVA-02's files have timm's mark too, SigLIP's that of transformers.
+LAYOUTS = (OURS, OPEN_CLIP, EVA, TIMM, SIGLIP, TRANSFORMERS)

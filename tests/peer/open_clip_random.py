@@ -3,8 +3,8 @@ compute.
 
     python open_clip_random.py DIRECTORY
 
-Leaves NAME.pt or NAME.safetensors for each model, and oracle.pt: the inputs, each model's
-embeddings, and position tables as open_clip resizes them.
+Leaves NAME.pt or NAME.safetensors for each model, NAME_tower.safetensors for timm's tower of it,
+and oracle.pt: the inputs, each model's embeddings, and position tables as open_clip resizes them.
 """
 
 import sys
@@ -13,10 +13,12 @@ from types import SimpleNamespace
 
 import open_clip.model
 import torch
+from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import TextTransformer
 from safetensors.torch import save_file
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from transformers import BertConfig
 
 EVA = {
     "img_size": 32,
@@ -50,6 +52,14 @@ TOWERS = {
         global_pool="map",
         num_classes=0,
     ),
+}
+BERT = {
+    "vocab_size": 300,
+    "max_position_embeddings": 20,
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
 }
 TEXT = {"context_length": 14, "vocab_size": 300, "width": 24, "heads": 2, "layers": 2}
 
@@ -101,6 +111,8 @@ def main(directory: str) -> None:
         if name == "siglip":
             weights["logit_bias"] = torch.tensor(-9.0)
         save_file({n: t.contiguous() for n, t in weights.items()}, out / f"{name}.safetensors")
+        weights = {n: t.contiguous() for n, t in trunk.state_dict().items()}
+        save_file(weights, out / f"{name}_tower.safetensors")
         oracle[name] = (normal(trunk(pixels)), normal(tower(tokens)))
     clip = open_clip.model.CLIP(
         20,
@@ -112,6 +124,17 @@ def main(directory: str) -> None:
     oracle["open_clip"] = (clip.encode_image(pixels, True), clip.encode_text(tokens, True))
     weights = {f"module.{name}": tensor for name, tensor in clip.state_dict().items()}
     torch.save({"epoch": 3, "name": "run", "state_dict": weights}, out / "open_clip.pt")
+    encoder = shake(
+        HFTextEncoder(
+            "", 20, config=BertConfig(**BERT), pooler_type="mean_pooler", proj_type="linear"
+        )
+    )
+    encoder.transformer.pooler = None  # the mean needs none, and files have none
+    visual = {f"visual.{name}": tensor for name, tensor in clip.visual.state_dict().items()}
+    text = {f"text.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    weights = visual | text | {"logit_scale": torch.tensor(2.0)}
+    torch.save({"state_dict": weights}, out / "hf_text.pt")
+    oracle["hf_text"] = (clip.encode_image(pixels, True), normal(encoder(tokens)))
     for rows, grid in ((49, 4), (16, 7)):
         oracle[f"resized to {grid}"] = resized(rows, grid)
     torch.save(oracle, out / "oracle.pt")

@@ -9,6 +9,7 @@ import torch
 
 from pipeline.formats.initial import InitialWeights
 from pipeline.models.clip import CLIP
+from pipeline.models.hf_text import HfText
 from pipeline.models.resize import resize_grid, resize_rows
 from pipeline.models.text import TextTransformer
 from pipeline.models.transformer import BlockStyle
@@ -23,9 +24,19 @@ pytestmark = [
         not PYTHON.exists(), reason=f"no peer environment at {PYTHON}: run `make peer`"
     ),
 ]
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 300,
+    "max_position_embeddings": 20,
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 PATCHES = {"ln_pre": False, "patch_bias": True}
 MODELS = {
     "open_clip": {"image": {"activation": "quick_gelu"}, "text": {"activation": "quick_gelu"}},
+    "hf_text": {"image": {"activation": "quick_gelu"}, "text": BERT},
     "eva02": {
         "image": {
             "mlp_ratio": 8 / 3,
@@ -89,7 +100,9 @@ def ours(options):
     image, text = options.pop("image", {}), options.pop("text", {})
     return CLIP(
         image=VisionTransformer(image_size=32, patch_size=8, width=48, layers=2, heads=4, **image),
-        text=TextTransformer(
+        text=HfText(config=text, context_length=14)
+        if "model_type" in text
+        else TextTransformer(
             vocab_size=300, context_length=14, width=24, layers=2, heads=2, **text
         ),
         embed_dim=options.pop("embed_dim", 20),
@@ -101,7 +114,7 @@ def ours(options):
 def test_their_weights_embed_as_they_do(theirs, name):
     folder, oracle = theirs
     (path,) = folder.glob(f"{name}.[ps]*")
-    model = ours(MODELS[name])
+    model = ours(MODELS[name]).eval()
     report = InitialWeights(model=str(path)).apply(model)
     assert report.new == [] and report.unused == [] and report.resized == {}
     with torch.no_grad():
@@ -109,6 +122,18 @@ def test_their_weights_embed_as_they_do(theirs, name):
     for found, expected in zip((image_embed, text_embed), oracle[name], strict=True):
         assert found.std() > 0.05
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["eva02", "eva_g", "eva_e", "siglip"])
+def test_timms_tower_by_itself(theirs, name):
+    """Only the tower is there: the same weights as out of the whole model."""
+    folder, _ = theirs
+    whole, model = ours(MODELS[name]), ours(MODELS[name])
+    InitialWeights(model=str(folder / f"{name}.safetensors")).apply(whole)
+    report = InitialWeights(image=str(folder / f"{name}_tower.safetensors")).apply(model)
+    assert report.unused == [] and not any(new.startswith("image.") for new in report.new)
+    for key, tensor in whole.image.state_dict().items():
+        assert torch.equal(model.image.state_dict()[key], tensor), key
 
 
 def test_position_tables_are_resized_as_open_clip_does(theirs):
