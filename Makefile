@@ -6,7 +6,7 @@ TESTS ?= 2
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-all test-engines chaos fuzz lint env peer engines clean
+.PHONY: demo test test-all test-engines test-gpu bench-gpu chaos fuzz lint env peer engines clean
 
 demo: env ## the whole pipeline on the sample pool; look at runs/demo/index.html
 	examples/emoji/run.sh
@@ -27,6 +27,15 @@ fuzz: env ## a million broken and hostile inputs to every reader
 
 test-engines: env ## curation on a real SLURM and a real Ray of this machine, where they are installed
 	$(BIN)/python -m pytest -m "slurm or ray"
+
+test-gpu: env ## what needs a CUDA device; the other tests hide it from themselves
+	CUDA_VISIBLE_DEVICES=$(or $(CUDA_VISIBLE_DEVICES),0) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu
+
+bench-gpu: peer ## the tables of benchmarks/results/*_gpu.md, on one GPU, with the peers beside
+	.venv-peer/bin/python -m pip install --quiet --no-deps -r requirements/gpu_peers.txt
+	.venv-peer/bin/python benchmarks/tiled_loss_gpu.py --out benchmarks/results/tiled_loss_gpu.md
+	.venv-peer/bin/python benchmarks/cached_step_gpu.py --out benchmarks/results/cached_step_gpu.md
+	.venv-peer/bin/python benchmarks/step.py --batch 512 --out benchmarks/results/step_gpu.md
 
 lint: env ## style, and the floors of docs/architecture.md
 	$(BIN)/ruff check .

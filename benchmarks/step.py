@@ -4,10 +4,10 @@
     .venv-peer/bin/python benchmarks/step.py [--batch 64] [--repeats 3] [--threads 1] [--out FILE]
 
 Both have the same weights, batch, precision (fp32) and loss, and turns alternate in one process;
-the figure is the fastest turn's CPU time (wall-clock with more than one thread or on a GPU, where
-it is bf16). open_clip drops patches by its own PatchDropout, which keeps as many. Text is 77
-positions wide, or cut to 16 as CLIPA does. A step of the image tower alone has the sum of its
-features for a loss.
+the figure is the fastest turn's CPU time (wall-clock with more than one thread). On a GPU it is
+wall-clock of bf16, with operations a second and the most memory beside; give it a batch of 512.
+open_clip drops patches by its own PatchDropout, which keeps as many. Text is 77 positions wide, or
+cut to 16 as CLIPA does. A step of the image tower alone has the sum of its features for a loss.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP as PeerClip
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 # runs without an installation, from anywhere
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -87,10 +88,22 @@ def turn(model: torch.nn.Module, embed: Embed, scale: Callable[[], Tensor], cloc
     return now() - start
 
 
+def on_device(run: Callable[[], float]) -> str:
+    """TFLOP/s and peak GiB of a turn on a GPU."""
+    torch.cuda.reset_peak_memory_stats()
+    seconds = run()
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return f"{counter.get_total_flops() / seconds / 1e12:.0f} TFLOP/s, {peak:.1f} GiB"
+
+
 def measure(
     part: str, keep: float, length: int, *, batch: int, repeats: int, clock: str
-) -> tuple[float, float]:
-    """Seconds of ours and of theirs, each its fastest turn; the first of each warms up."""
+) -> tuple[float, float, str]:
+    """Seconds of ours and of theirs, each its fastest turn; the first of each warms up. And what
+    else a GPU tells of them.
+    """
     device = "cuda" if clock == "cuda" else "cpu"
     torch.manual_seed(0)
     ours, peer = models(keep, length, device)
@@ -115,10 +128,18 @@ def measure(
             for mine, theirs in zip(our_embed(), their_embed(), strict=True):
                 torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=0)
     times: tuple[list[float], list[float]] = ([], [])
+
+    def our_turn() -> float:
+        return turn(ours, our_embed, lambda: ours.logit_scale, clock)
+
+    def their_turn() -> float:
+        return turn(peer, their_embed, lambda: peer.logit_scale.exp(), clock)
+
     for _ in range(1 + repeats):
-        times[0].append(turn(ours, our_embed, lambda: ours.logit_scale, clock))
-        times[1].append(turn(peer, their_embed, lambda: peer.logit_scale.exp(), clock))
-    return min(times[0][1:]), min(times[1][1:])
+        times[0].append(our_turn())
+        times[1].append(their_turn())
+    more = f"{on_device(our_turn)}; {on_device(their_turn)}" if clock == "cuda" else ""
+    return min(times[0][1:]), min(times[1][1:]), more
 
 
 def table(batch: int, repeats: int, clock: str) -> list[str]:
@@ -127,14 +148,17 @@ def table(batch: int, repeats: int, clock: str) -> list[str]:
         "| ours / open_clip | ours / ours with all | asked for |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    if clock == "cuda":
+        lines = [lines[0] + " on the device: ours; open_clip |", lines[1] + "---|"]
     whole: dict[str, float] = {}
     for part, keep, length, wanted in CASES:
-        ours, theirs = measure(part, keep, length, batch=batch, repeats=repeats, clock=clock)
+        ours, theirs, more = measure(part, keep, length, batch=batch, repeats=repeats, clock=clock)
         whole.setdefault(part, ours)
         lines.append(
             f"| {part} | {keep:g} | {length if part == 'whole step' else ''} "
             f"| {batch / ours:.2f} | {batch / theirs:.2f} | {theirs / ours:.2f} "
             f"| {whole[part] / ours:.2f} | {'' if wanted is None else f'>= {wanted}'} |"
+            + (f" {more} |" if more else "")
         )
         print(lines[-1], flush=True)
     return lines
