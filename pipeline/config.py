@@ -14,12 +14,14 @@ import os
 import pkgutil
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
@@ -201,8 +203,18 @@ for _name, _schema in ROOTS.items():
 
 
 def build(node: Any, **extra: Any) -> Any:
-    """Instantiate a component node (nested components first); `extra` are run-time arguments."""
-    return instantiate(node, _convert_="all", **extra)
+    """Instantiate a component node (nested components first); `extra` are run-time arguments.
+
+    Raises ValueError, with the component's path, for what its constructor says is wrong.
+    """
+    try:
+        return instantiate(node, _convert_="all", **extra)
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise
+        # Hydra's last line; the error has no field for it
+        _, known, path = str(error).rpartition("full_key: ")
+        raise ValueError(f"{path}: {error.__cause__}" if known else error.__cause__) from error
 
 
 def _schema_of(target: Any) -> tuple[Any, bool]:
@@ -253,6 +265,21 @@ def _component_problems(node: DictConfig, path: str) -> list[str]:
     return found
 
 
+def _lone_values(cfg: DictConfig) -> list[str]:
+    """Numbers and words of a root config where only a component, or null, makes sense."""
+    fields = getattr(OmegaConf.get_type(cfg), "__dataclass_fields__", {})
+    places = [(cfg, key, key) for key in cfg if key in fields and fields[key].type is Any]
+    for group in COLLECTIONS & fields.keys():
+        places += [(cfg[group], key, f"{group}.{key}") for key in cfg[group]]
+    return [
+        f"{path}: {node[key]!r} is no component: give {{_target_: ...}} as the files of "
+        f"conf/{path.partition('.')[0]} do, or null (a phase cannot choose one by its name)"
+        for node, key, path in places
+        if not (OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key))
+        if node[key] is not None and not OmegaConf.is_config(node[key])
+    ]
+
+
 def problems(node: Any, path: str = "", *, inside: bool = False) -> list[str]:
     """Every reason why this config could not be built, as `path: reason` lines. Builds nothing."""
     found: list[str] = []
@@ -265,6 +292,8 @@ def problems(node: Any, path: str = "", *, inside: bool = False) -> list[str]:
     if path in PLAIN | ELSEWHERE:
         return found
     keys = [str(key) for key in node]
+    if not path:
+        found += _lone_values(node)
     if "_target_" in keys:
         found += _component_problems(node, path)
         inside = True
@@ -321,9 +350,16 @@ def batch_problems(cfg: DictConfig, world_size: int) -> list[str]:
     return found
 
 
-def run_problems(cfg: DictConfig, world_size: int) -> list[str]:
+def typed() -> list[str]:
+    """The words of the command line, where a command of Hydra's runs."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def run_problems(cfg: DictConfig, world_size: int, words: Sequence[str] = ()) -> list[str]:
     """The problems of a command's config, for a training run with its arithmetic, for one with
     phases those of each phase; what is wrong in every phase is named once.
+
+    words: of the command line, which phases may overrule.
     """
     foreign = [] if cfg.get("allow_foreign_targets") else foreign_targets(cfg)
     if foreign:
@@ -331,7 +367,7 @@ def run_problems(cfg: DictConfig, world_size: int) -> list[str]:
     training = OmegaConf.get_type(cfg) in (TrainConfig, TrainCaptionerConfig)
     if not cfg.get("phases"):
         return problems(cfg) + (batch_problems(cfg, world_size) if training else [])
-    found = phase_problems(cfg)
+    found = phase_problems(cfg, words)
     if found:
         return found
     each = {}
@@ -350,7 +386,7 @@ def check(cfg: DictConfig, *, world_size: int = 1, complete: bool = True) -> Non
 
     complete: false lets values be missing (`???`), for presets that leave some to the user.
     """
-    found = run_problems(cfg, world_size)
+    found = run_problems(cfg, world_size, typed())
     if not complete:
         found = [line for line in found if MISSING_WORD not in line]
     if found:

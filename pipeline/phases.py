@@ -6,14 +6,14 @@
 
 A phase may change every key but those of FIXED. A component with another `_target_` replaces the
 run's; with the same one, or none, it changes the named values. Interpolations are resolved within
-the phase: the transform follows the phase's image size. Of the model only sizes may change
-(RESIZABLE), what does not fit any more is resized once, where the phase begins.
+the phase: the transform follows the phase's image size. Of model and tokenizer only sizes may
+change (RESIZABLE), what does not fit any more is resized once, where the phase begins.
 
 `every_phase` holds changes that are made last, in each phase: a whole recipe is made small with it,
 whatever its phases say. Its samples_seen is the sum over the phases, which see equal shares.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,9 @@ FIXED = (  # what belongs to the run as a whole
     "keep_checkpoints",
     "recipe_info",
 )
+LEARNT = ("model", "tokenizer")  # what weights belong to; of it a phase changes no more than:
 RESIZABLE = (
+    "tokenizer.context_length",
     "model.image.image_size",
     "model.text.context_length",
     "model.image.activation_checkpointing",
@@ -90,6 +92,10 @@ def _change(node: DictConfig, change: Mapping[str, Any]) -> None:
 
 def _changes(cfg: DictConfig, key: str, node: DictConfig | None) -> dict[str, Any]:
     """The changes below `key`. Raises ValueError for a key of the whole run, or of nothing."""
+    if node is not None and not OmegaConf.is_dict(node):
+        raise ValueError(
+            f"{key}: {node!r} changes nothing: give what it changes, {key}.samples_seen=..."
+        )
     change = OmegaConf.to_container(node, resolve=False) if node else {}
     known = list(cfg)  # `in` would hide missing values
     for name in change:
@@ -149,8 +155,31 @@ def phase_of(config: DictConfig, name: str) -> DictConfig:
     return config.phases[name] if name else config
 
 
-def phase_problems(cfg: DictConfig) -> list[str]:
-    """What a phase may not change, as `path: reason` lines."""
+def _overruled(cfg: DictConfig, words: Sequence[str]) -> list[str]:
+    """Words of the command line (key=value) without effect: each phase has its own value."""
+    nodes = {f"phases.{name}": node for name, node in cfg.phases.items()}
+    nodes["every_phase"] = cfg.get("every_phase")
+    changes = {path: flat(_changes(cfg, path, node)) for path, node in nodes.items()}
+    found = []
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")
+        over = {
+            path: f"{path}.{leaf}=..."
+            for path, change in changes.items()
+            for leaf in change
+            if f"{key}.".startswith(f"{leaf}.")
+        }
+        everywhere = "every_phase" in over or len(over) == len(cfg.phases)
+        if everywhere and value != "???":
+            instead = over.get("every_phase") or ", ".join(over.values())
+            found.append(f"{key}: {value} has no effect, each phase has its own: set {instead}")
+    return found
+
+
+def phase_problems(cfg: DictConfig, words: Sequence[str] = ()) -> list[str]:
+    """What a phase may not change, as `path: reason` lines; and which words of the command line
+    have no effect in any.
+    """
     found = []
     for name in cfg.phases:
         try:
@@ -159,7 +188,8 @@ def phase_problems(cfg: DictConfig) -> list[str]:
             found.append(str(error))
             continue
         ours, theirs = (
-            flat({"model": OmegaConf.to_container(c.model, resolve=False)}) for c in (config, cfg)
+            flat(OmegaConf.to_container(OmegaConf.masked_copy(c, list(LEARNT)), resolve=False))
+            for c in (config, cfg)
         )
         found += [
             f"phases.{name}.{key}: a phase cannot change it, the weights would not fit; it can "
@@ -167,4 +197,4 @@ def phase_problems(cfg: DictConfig) -> list[str]:
             for key in sorted(ours.keys() | theirs.keys())
             if ours.get(key) != theirs.get(key) and key not in RESIZABLE
         ]
-    return found
+    return found or _overruled(cfg, words)

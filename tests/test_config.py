@@ -7,7 +7,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from pipeline.check import composed, main
-from pipeline.config import check, problems
+from pipeline.config import build, check, problems
 
 GOOD = ["recipe=emoji", "name=x", "data.shards=y", "tokenizer.path=clip"]
 
@@ -39,6 +39,7 @@ def test_the_good_config_is_good():
         (["data.shards=???"], ["data.shards: missing", "data.shards=..."]),
         (["+loss.extra.weight=1"], ["loss.extra"]),
         (["schedule.warmup_samples=${nothing}"], ["schedule.warmup_samples", "nothing"]),
+        (["loss.softmax=5"], ["loss.softmax: 5 is no component", "conf/loss"]),
     ],
 )
 def test_a_mistake_is_named(overrides, words):
@@ -62,6 +63,16 @@ def test_a_stray_node_is_refused():
     assert problems(OmegaConf.create({"extra": {"a": 1}})) == [
         "extra: nobody reads this: a node is a component (_target_) or a known group"
     ]
+
+
+def test_what_a_constructor_refuses_has_a_path():
+    cfg = composed("train", [*GOOD, "image_tokens.keep=1.5", "model.image.image_size=30"])
+    with pytest.raises(ValueError, match="^image_tokens: keep 1.5 is outside"):
+        build(cfg.image_tokens)
+    with pytest.raises(ValueError, match="^model.image: image_size 30 is not a multiple"):
+        build(cfg.model)
+    with pytest.raises(ValueError, match="^keep 2 is outside"):
+        build({"_target_": cfg.image_tokens._target_, "keep": 2})
 
 
 def test_clip_check_judges_without_building(capsys):

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.check import composed
-from pipeline.config import check
+from pipeline.config import check, run_problems
 from pipeline.phases import phases
 
 TWO = [
@@ -72,6 +72,9 @@ def test_a_run_without_phases_is_one():
         ("+phases.large.schedule.warmup_samples=99999", "phases.large.schedule.warmup_samples"),
         ("+phases.large.optimizer_state=lose", "'lose' is neither"),
         ("~phases.large.samples_seen", "phases.large.samples_seen: missing"),
+        ("phases.large=5", "phases.large: 5 changes nothing: give what"),
+        ("+phases.small.image_tokens=grid", "phases.small.image_tokens: 'grid' is no component"),
+        ("+phases.small.tokenizer.path=other", "phases.small.tokenizer.path: a phase cannot"),
         ("optimizer.lr=fast", "\n  optimizer.lr:"),  # wrong in every phase: named once
     ],
 )
@@ -80,6 +83,29 @@ def test_mistakes_are_named(override, words):
     if override.startswith(("+phases.large.schedule", "+phases.small.sch")):
         overrides = [override.removeprefix("+")]
     assert words in complaint(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("samples_seen=999", "phases.small.samples_seen=..., phases.large.samples_seen=..."),
+        ("schedule.warmup_samples=9", "phases.small.schedule.warmup_samples=..., phases.large"),
+        ("image_tokens.keep=0.5", "phases.small.image_tokens.keep=..., phases.large.image_tokens="),
+        ("+every_phase.samples_seen=2560 samples_seen=99", "set every_phase.samples_seen=..."),
+    ],
+)
+def test_a_word_that_every_phase_overrules_is_named(word, words):
+    given = [*TWO, "+phases.small.image_tokens.keep=0.75", *word.split()]
+    (found,) = run_problems(composed("train", given), 1, given)
+    assert found.startswith(word.split()[-1].partition("=")[0]) and words in found
+
+
+@pytest.mark.parametrize(
+    "word", ["samples_seen=???", "global_batch_size=64", "image_tokens=block", "optimizer.lr=1"]
+)
+def test_a_word_that_some_phase_heeds_is_right(word):
+    given = [*TWO, "+phases.small.image_tokens.keep=0.75", word]
+    assert run_problems(composed("train", given), 1, given) == []
 
 
 def test_a_batch_is_checked_in_each_phase():
