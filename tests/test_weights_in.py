@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from transformers import ChineseCLIPConfig, ChineseCLIPModel, CLIPConfig, CLIPModel
 
 from pipeline.formats.checkpoint_file import load_weights
+from pipeline.formats.declared import differences
 from pipeline.formats.initial import InitialWeights
 from pipeline.formats.names import OPEN_CLIP
 from pipeline.models.clip import CLIP
@@ -104,25 +105,124 @@ def test_what_only_the_config_says_is_compared(clip_model, tmp_path):
     assert "model.text.heads was 4, here 2" in str(error.value)
     source = ours(seed=3)
     for name, key in (("image", "head_width"), ("text", "heads")):
-        folder = tmp_path / name
-        folder.mkdir()
-        weights = OPEN_CLIP.write(source.state_dict())
-        as_safetensors(
-            {n: t.contiguous() for n, t in weights.items()},
-            folder / "open_clip_model.safetensors",
-        )
-        config = {
-            "quick_gelu": True,
-            "vision_cfg": {"width": 32, "head_width": 8},
-            "text_cfg": {"heads": 4},
-        }
-        part = {"image": "vision_cfg", "text": "text_cfg"}[name]
-        config[part][key] = 16
-        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+        folder = as_open_clip(source, tmp_path / name, **{name: {key: 16}})
         with pytest.raises(ValueError, match=rf"model\.{name}\.heads was \d+, here 4"):
-            InitialWeights(**{name: str(folder)}).apply(ours(seed=5))
+            InitialWeights(**{name: folder}).apply(ours(seed=5))
         other = {"image": "text", "text": "image"}[name]
-        InitialWeights(**{other: str(folder)}).apply(ours(seed=5))
+        InitialWeights(**{other: folder}).apply(ours(seed=5))
+
+
+def as_open_clip(model, folder, *, image=(), text=()):
+    """A directory of open_clip, whose config has these options beside the sizes."""
+    folder.mkdir()
+    weights = OPEN_CLIP.write(model.state_dict())
+    as_safetensors(
+        {n: t.contiguous() for n, t in weights.items()}, folder / "open_clip_model.safetensors"
+    )
+    config = {
+        "quick_gelu": True,
+        "vision_cfg": {"width": 32, "head_width": 8, **dict(image)},
+        "text_cfg": {"heads": 4, **dict(text)},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "differ"),
+    [
+        ({"image": {"pool_type": "avg"}}, ["image.pooling", "image.norm_before_pooling"]),
+        ({"image": {"pool_type": "avg", "final_ln_after_pool": True}}, ["image.pooling"]),
+        ({"image": {"final_ln_after_pool": True}}, []),
+        ({"text": {"no_causal_mask": True, "pool_type": "last"}}, ["text.pooling", "text.causal"]),
+        ({"text": {"pool_type": "eos", "eos_id": 7}}, ["text.eot_id"]),
+    ],
+)
+def test_open_clips_pooling_and_mask_are_compared(options, differ, tmp_path):
+    path = as_open_clip(ours(seed=3), tmp_path / "x", **options)
+    found = differences(ours(), path, "")
+    assert sorted(found) == sorted(differ)
+    if differ:
+        with pytest.raises(ValueError, match=f"{len(differ)} things do not fit") as error:
+            InitialWeights(model=path).apply(ours())
+        assert all(f"model.{option} was " in str(error.value) for option in differ)
+        report = InitialWeights(model=path, may_differ=[rf"^{o}$" for o in differ]).apply(ours())
+        assert report.differs == list(found.values()) and "differs: " in str(report)
+
+
+def test_pooling_of_transformers_models_is_compared(clip_model):
+    path, _ = clip_model
+    model = ours()
+    model.text.causal, model.text.pooling = False, "last"
+    assert sorted(differences(model, path, "")) == ["text.causal", "text.pooling"]
+    assert differences(model, path, "image.") == {}
+
+
+RUN = """
+model:
+  _target_: pipeline.models.clip.CLIP
+  image:
+    _target_: pipeline.models.vit.VisionTransformer
+    {image_size: 24, patch_size: 8, width: 32, layers: 2, heads: 4, mlp_ratio: 2.0, IMAGE}
+  text:
+    _target_: pipeline.models.text.TextTransformer
+    {vocab_size: 300, context_length: 14, width: 32, layers: 2, heads: 4, mlp_ratio: 2.0, TEXT}
+  embed_dim: 20
+tokenizer: {}
+transform: {}
+"""
+
+
+def a_run(folder, image="", text=""):
+    (folder / "checkpoints").mkdir(parents=True)
+    saved(ours(seed=3), folder / "checkpoints" / "step-7.ckpt")
+    lines = []
+    for line in RUN.splitlines():
+        if line.lstrip().startswith("{"):
+            options = line.strip(" {}").replace("IMAGE", image).replace("TEXT", text)
+            lines += [f"    {option}" for option in options.split(", ") if option]
+        else:
+            lines.append(line)
+    (folder / "config.yaml").write_text("\n".join(lines))
+    return folder
+
+
+QUICK = "activation: quick_gelu"
+
+
+def test_a_run_says_what_its_towers_were(tmp_path):
+    good = a_run(tmp_path / "good", QUICK, QUICK)
+    for path in (good, good / "checkpoints" / "step-7.ckpt"):
+        assert InitialWeights(model=str(path)).apply(ours()).differs == []
+    other = a_run(tmp_path / "other", f"{QUICK}, pooling: mean, rotary_grid: 8", "causal: false")
+    for path in (other, other / "checkpoints" / "step-7.ckpt"):
+        with pytest.raises(ValueError, match="image.pooling was mean, here class_token") as error:
+            InitialWeights(model=str(path)).apply(ours())
+        for words in (
+            "image.rotary_grid was 8, here None",
+            "text.causal was False, here True",
+            "text.activation was gelu, here quick_gelu",
+        ):
+            assert words in str(error.value)
+    with pytest.raises(ValueError, match="2 things do not fit"):
+        InitialWeights(text=str(other)).apply(ours())
+    # weights show it, and a fresh value would be no other model
+    scaled = a_run(tmp_path / "scaled", f"{QUICK}, patch_bias: true", QUICK)
+    assert differences(ours(), scaled, "") == {}
+
+
+def test_openais_archive_has_its_activation(tmp_path):
+    source = ours(seed=3)
+    weights = OPEN_CLIP.write(source.state_dict())
+    as_torchscript({n: t.contiguous() for n, t in weights.items()}, tmp_path / "x.pt")
+    model = ours(seed=5)
+    for block in model.text.transformer.blocks:
+        block.mlp.activation = torch.nn.GELU()
+    path = str(tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="text.activation was quick_gelu, here gelu"):
+        InitialWeights(text=path).apply(model)
+    report = InitialWeights(text=path, may_differ=["text.activation"]).apply(model)
+    assert "differs: " in str(report)
 
 
 BERT = {"model_type": "bert", "vocab_size": 300, "max_position_embeddings": 20}

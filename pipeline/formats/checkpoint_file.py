@@ -50,7 +50,7 @@ def _file_in(directory: Path) -> Path:
 
 
 def _tensors(path: Path) -> Mapping[str, Tensor]:
-    if path.suffix != ".safetensors" and _is_torchscript(path):
+    if path.suffix != ".safetensors" and is_torchscript(path):
         return torchscript_tensors(path)
     try:
         if path.suffix == ".safetensors":
@@ -66,7 +66,8 @@ def _tensors(path: Path) -> Mapping[str, Tensor]:
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def _is_torchscript(path: Path) -> bool:
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is a TorchScript archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.split("/")[1:2] == ["constants.pkl"] for name in archive.namelist())

@@ -1,30 +1,76 @@
-"""What a checkpoint's config says that its weights do not show: heads, activation, a norm's eps."""
+"""What is known of a checkpoint and not seen in its weights: heads, activation, pooling, masks."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, PreTrainedConfig
 
+from pipeline.config import build
+from pipeline.evals.trained import run_config
+from pipeline.formats.checkpoint_file import is_torchscript
 from pipeline.formats.siglip import ACTIVATIONS
-from pipeline.formats.traits import image_traits, text_traits
+from pipeline.formats.traits import (
+    CLIPS_IMAGE,
+    CLIPS_TEXT,
+    SIGLIPS_IMAGE,
+    SIGLIPS_TEXT,
+    image_traits,
+    text_traits,
+)
 from pipeline.models.clip import CLIP
 from pipeline.models.text import TextTransformer
 from pipeline.models.vit import VisionTransformer
+from pipeline.targets import foreign_targets
 
 Declared = dict[str, dict[str, Any]]  # "image" and "text" -> option -> value
 
+TOWERS = {"image": VisionTransformer, "text": TextTransformer}
+POOLED = ("causal", "pooling", "norm_before_pooling")
+ELSE = ("heads", "activation", "positions", "rotary_grid", "eot_id", "pad_id")
+UNSEEN = (*POOLED, *ELSE, "block.norm_eps", "block.norm_place")
+
+
+def _pooled(image: Mapping[str, Any], text: Mapping[str, Any]) -> Declared:
+    traits = {"image": image, "text": text}
+    return {
+        name: {option: own[option] for option in POOLED if option in own}
+        for name, own in traits.items()
+    }
+
+
+# model_type in transformers -> how its towers pool
+TRANSFORMERS = {
+    "clip": _pooled(CLIPS_IMAGE, CLIPS_TEXT),
+    "chinese_clip": _pooled(CLIPS_IMAGE, CLIPS_TEXT),
+    "siglip": _pooled(SIGLIPS_IMAGE, SIGLIPS_TEXT),
+}
+# A TorchScript archive is how OpenAI publishes CLIP.
+OPENAI = {
+    name: {"activation": "quick_gelu", **pooled} for name, pooled in TRANSFORMERS["clip"].items()
+}
+
 
 def declared(path: str | Path) -> Declared:
-    """From the config beside the weights, of transformers or open_clip; empty without one."""
-    directory = Path(path) if Path(path).is_dir() else Path(path).parent
+    """From the config beside the weights, of transformers, open_clip or a run of ours, or from what
+    a file is; empty where nothing says it.
+    """
+    path = Path(path)
+    if path.is_file() and is_torchscript(path):
+        return OPENAI
+    directory = path if path.is_dir() else path.parent
     if (directory / "open_clip_config.json").is_file():
         content = json.loads((directory / "open_clip_config.json").read_text())
         return _open_clip(content["model_cfg"])
     config = directory / "config.json"
-    if config.is_file() and json.loads(config.read_text()).get("model_type") in ("clip", "siglip"):
+    if config.is_file() and json.loads(config.read_text()).get("model_type") in TRANSFORMERS:
         return _transformers(AutoConfig.from_pretrained(directory))
+    run = directory.parent if directory.name == "checkpoints" else directory
+    if (run / "checkpoints").is_dir() and (run / "config.yaml").is_file():
+        return _run(run_config(run, path if path.is_file() else None, allow_foreign_targets=True))
     return {}
 
 
@@ -35,9 +81,17 @@ def _open_clip(config: Mapping[str, Any]) -> Declared:
     if "timm_model_name" not in image:
         found["image"] = _open_clip_tower(image, config.get("quick_gelu", False))
         found["image"]["heads"] = image.get("width", 768) // image.get("head_width", 64)
+        mean = image.get("pool_type", "tok") == "avg"
+        found["image"]["pooling"] = "mean" if mean else "class_token"
+        after = image.get("final_ln_after_pool", False)
+        found["image"]["norm_before_pooling"] = mean and not after
     if "hf_model_name" not in text:
         found["text"] = _open_clip_tower(text, config.get("quick_gelu", False))
         found["text"]["heads"] = text.get("heads", 8)
+        pooling = text.get("pool_type", "argmax")
+        found["text"]["pooling"] = {"argmax": "eot", "eos": "eot"}.get(pooling, pooling)
+        found["text"]["eot_id"] = text.get("eos_id", 2) if pooling == "eos" else None
+        found["text"]["causal"] = not text.get("no_causal_mask", False)
     return found
 
 
@@ -56,27 +110,42 @@ def _transformers(config: PreTrainedConfig) -> Declared:
             "activation": ours.get(tower.hidden_act, tower.hidden_act),
             "block.norm_eps": tower.layer_norm_eps,
             "heads": tower.num_attention_heads,
+            **TRANSFORMERS[config.model_type][name],
         }
         for name, tower in (("image", config.vision_config), ("text", config.text_config))
     }
 
 
-def differences(model: CLIP, path: str | Path, part: str) -> list[str]:
-    """Where our towers are not what the checkpoint's config says, a line each. part: "" for both
+def _run(config: DictConfig) -> Declared:
+    """Of a run of ours: all of it, of a tower whose class is ours."""
+    found: Declared = {}
+    for name, kind in TOWERS.items():
+        node = OmegaConf.select(config, f"model.{name}")
+        own = isinstance(node, DictConfig) and not foreign_targets(node)
+        if own and node.get("_target_") == f"{kind.__module__}.{kind.__name__}":
+            with torch.device("meta"):
+                traits = _traits(build(node))
+            found[name] = {option: traits[option] for option in UNSEEN if option in traits}
+    return found
+
+
+def _traits(tower: VisionTransformer | TextTransformer) -> dict[str, Any]:
+    traits = image_traits(tower) if isinstance(tower, VisionTransformer) else text_traits(tower)
+    return traits | {"heads": tower.transformer.blocks[0].attention.heads}
+
+
+def differences(model: CLIP, path: str | Path, part: str) -> dict[str, str]:
+    """Where our towers are not what is known of the checkpoint: option -> a line. part: "" for both
     towers, "image." or "text." for one.
     """
-    found = []
+    found = {}
     for name, options in declared(path).items():
         tower = getattr(model, name)
-        if not f"{name}.".startswith(part) or not isinstance(
-            tower, VisionTransformer | TextTransformer
-        ):
+        if not f"{name}.".startswith(part) or not isinstance(tower, TOWERS[name]):
             continue
-        own = image_traits(tower) if name == "image" else text_traits(tower)
-        own["heads"] = tower.transformer.blocks[0].attention.heads
-        found += [
-            f"{path}: model.{name}.{option} was {value}, here {own[option]}"
-            for option, value in options.items()
-            if own[option] != value
-        ]
+        own = _traits(tower)
+        for option, value in options.items():
+            if own[option] != value:
+                line = f"{path}: model.{name}.{option} was {value}, here {own[option]}"
+                found[f"{name}.{option}"] = line
     return found

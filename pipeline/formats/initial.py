@@ -3,7 +3,7 @@ arXiv:2303.15389, sec. 2).
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,19 +19,22 @@ from pipeline.models.resize import resize_positions
 @dataclass
 class Report:
     """taken: our names filled; new: our names left at their first values; resized: tables, rows
-    before and after; unused: their names that nothing was made of.
+    before and after; unused: their names that nothing was made of; differs: a line for each option
+    of ours that is another one than the checkpoint's.
     """
 
     taken: set[str] = field(default_factory=set)
     new: list[str] = field(default_factory=list)
     resized: dict[str, tuple[int, int]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    differs: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{len(self.taken)} weights from checkpoints, {len(self.new)} stay new"]
         lines += [f"  new: {name}" for name in self.new]
         lines += [f"  resized: {name}, {a} -> {b} rows" for name, (a, b) in self.resized.items()]
         lines += [f"  unused: {name}" for name in self.unused]
+        lines += [f"  differs: {line}" for line in self.differs]
         return "\n".join(lines)
 
 
@@ -43,7 +46,9 @@ class InitialWeights:
     of it only the tower is read: a projection belongs to the space it was trained into.
     may_stay_new: regular expressions of our weights that checkpoints need not hold; may_be_unused:
     of weights in them that are not wanted. Anything else left over is an error, as is another
-    shape, and a tower that differs in heads, activation or eps from a config beside the weights.
+    shape. So is a tower that differs from what the config beside the weights says of heads,
+    activation, eps, pooling or causality, a TorchScript archive being OpenAI's: QuickGELU;
+    may_differ: of such options (`text.activation`) that may.
     Position tables of another size are resized; lengthen: see models.resize.resize_rows.
     """
 
@@ -55,13 +60,14 @@ class InitialWeights:
         text: str | None = None,
         may_stay_new: Sequence[str] = (),
         may_be_unused: Sequence[str] = (),
+        may_differ: Sequence[str] = (),
         lengthen: str = "repeat",
     ) -> None:
         if model is None and image is None and text is None:
             raise ValueError("initial weights come from somewhere: give model, image or text")
         self.parts = {"": model, "image.": image, "text.": text}
         self.may_stay_new, self.may_be_unused = may_stay_new, may_be_unused
-        self.lengthen = lengthen
+        self.may_differ, self.lengthen = may_differ, lengthen
 
     def apply(self, model: CLIP) -> Report:
         """Copy the weights into `model`. Raises ValueError for whatever does not fit, all of it at
@@ -84,7 +90,7 @@ class InitialWeights:
         if problems:
             raise ValueError(
                 f"{len(problems)} things do not fit (may_stay_new and may_be_unused take regular "
-                "expressions of weights that need not):\n"
+                "expressions of weights that need not, may_differ of options):\n"
                 + "\n".join(f"  {line}" for line in problems)
             )
         with torch.no_grad():
@@ -98,7 +104,9 @@ class InitialWeights:
     ) -> dict[str, Tensor]:
         theirs = load_weights(path)
         layout = layout_of(theirs, path)
-        problems += differences(model, path, part)
+        differs = differences(model, path, part)
+        report.differs += differs.values()
+        problems += [differs[option] for option in _unlisted(differs, self.may_differ)]
         ours, used = {}, set()
         for name in (name for name in model.state_dict() if name.startswith(part)):
             tensor, names = layout.read(theirs, name)
@@ -146,5 +154,5 @@ def _as_ours(tensor: Tensor, own: Tensor, name: str) -> Tensor:
     return tensor.reshape(own.shape) if tensor.squeeze().shape == own.squeeze().shape else tensor
 
 
-def _unlisted(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+def _unlisted(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     return [name for name in names if not any(re.search(p, name) for p in patterns)]
