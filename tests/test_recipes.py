@@ -91,6 +91,19 @@ def test_recipes_divide_over_a_node(recipe):
     assert rates == pytest.approx(RATES.get(recipe, rates))
 
 
+# chinese_clip_b16 trains beside a tower that stands still: it has to know something
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "chinese_clip_b16"])
+def test_recipes_start_from_other_weights_or_none(recipe):
+    """Whatever a recipe starts from can be replaced: by nothing, or by a checkpoint."""
+    words = [f"recipe={recipe}", "name=x", "data.shards=y"]
+    cfg = composed("train", [*words, "init=none"])
+    check(cfg, world_size=8, complete=False)
+    assert cfg.init is None
+    cfg = composed("train", [*words, "init=weights", "init.model=z"])
+    check(cfg, world_size=8, complete=False)
+    assert (cfg.init.model, cfg.init.image, cfg.init.text) == ("z", None, None)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_are_small_under_debug(recipe):
     """Twenty steps, in equal shares over the phases."""
