@@ -8,7 +8,11 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-DEATH = re.compile(r"DataLoader worker \(pid.*\) (exited unexpectedly|is killed by signal)")
+DEATH = re.compile(
+    r"DataLoader worker \(pid.*\) (exited unexpectedly|is killed by signal)"
+    r"|Pin memory thread exited unexpectedly"
+)
+CUT = (ConnectionError, EOFError, FileNotFoundError)  # of a batch whose sender dies meanwhile
 
 
 class WorkerDied(RuntimeError):
@@ -31,6 +35,11 @@ def batches(loader: DataLoader) -> Iterator[Any]:
             words = str(error)
             if DEATH.match(words):  # an error of the dataset has other first words
                 raise WorkerDied(words.splitlines()[0]) from error
+            raise
+        except CUT as error:
+            if loader.num_workers and not str(error).startswith("Caught "):  # by a living worker
+                words = f"a DataLoader worker died while it sent a batch ({error!r})"
+                raise WorkerDied(words) from error
             raise
         yield batch
 
