@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from pipeline.optim.groups import Rates
+from pipeline.optim.groups import Rates, moments
 
 
 class AdamW:
@@ -29,9 +29,12 @@ class AdamW:
         fused: bool = True,
     ) -> None:
         self.rates = Rates(lr=lr, weight_decay=weight_decay, towers=towers, no_decay=no_decay)
-        self.betas, self.eps, self.fused = tuple(betas), eps, fused
+        (self.betas, self.eps), self.fused = moments(betas, eps), fused
 
     def make(self, model: nn.Module) -> torch.optim.AdamW:
         """A torch optimizer; each group remembers its `base_lr` for the schedule."""
         groups = self.rates.groups(model)
-        return torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=self.fused)
+        optimizer = torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=self.fused)
+        # Else a GradScaler leaves unscaling to the fused kernel, behind the clipping.
+        optimizer._step_supports_amp_scaling = False
+        return optimizer
