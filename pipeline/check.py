@@ -18,6 +18,7 @@ from rich.console import Console
 
 from pipeline.config import CONF, MISSING_WORD, listed, run_problems
 from pipeline.phases import phases
+from pipeline.trainer.options import option_problems
 
 MFU = 0.4  # share of the peak that a run is assumed to reach
 
@@ -70,6 +71,7 @@ def verdict(name: str, overrides: list[str], world_size: int | None) -> Verdict:
     try:
         cfg = composed(name, overrides)
         found = run_problems(cfg, world_size or processes(cfg))
+        found += option_problems(cfg) if all(MISSING_WORD in line for line in found) else []
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         return Verdict(cfg, str(error), [])
     missing = [line for line in found if MISSING_WORD in line]

@@ -25,7 +25,8 @@ from pipeline.tracking.metrics import MetricsFile
 from pipeline.trainer.checkpoints import find_sound, step_of
 from pipeline.trainer.identity import claimed
 from pipeline.trainer.module import Optimizer, Schedule
-from pipeline.trainer.run import loggers, make_trainer
+from pipeline.trainer.options import refuse_wrong_options
+from pipeline.trainer.run import end_if_early, loggers, make_trainer
 from pipeline.trainer.strategies.fsdp import FullyShardedStrategy
 from pipeline.trainer.strategies.zero import ZeroStrategy
 
@@ -65,6 +66,7 @@ class CaptionerModule(pl.LightningModule):
         self.samples_seen, self.global_batch_size = samples_seen, global_batch_size
         self.image_drop, self.gradient_clip_norm = image_drop, gradient_clip_norm
         self.log_every_steps, self.seed = log_every_steps, seed
+        self.grad_norm = torch.tensor(0.0)
         self.last_logged: dict[str, float] = {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -86,12 +88,15 @@ class CaptionerModule(pl.LightningModule):
         optimizer.zero_grad()
         loss = self(self.transform.normalise(batch["images"]), batch["tokens"], dropped)
         self.manual_backward(loss)
-        limit = self.gradient_clip_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
         optimizer.step()
         step = self.trainer.global_step
         if step % self.log_every_steps == 0 or step in (1, self.trainer.max_steps):
-            self.write(loss.item(), grad_norm.item(), optimizer.param_groups[0]["lr"], step)
+            self.write(loss.item(), self.grad_norm.item(), optimizer.param_groups[0]["lr"], step)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Where gradients are unscaled, in every precision.
+        limit = math.inf if self.gradient_clip_norm is None else self.gradient_clip_norm
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
 
     def write(self, loss: float, grad_norm: float, lr: float, step: int) -> None:
         """One row for every logger. Raises ValueError for a loss that is not finite."""
@@ -161,6 +166,7 @@ def make_module(cfg: DictConfig, tokenizer: Any) -> CaptionerModule:
 
 def train_captioner(cfg: DictConfig) -> Path:
     """Train, from the last sound checkpoint if there is one; returns the run directory."""
+    refuse_wrong_options(cfg)
     fill_from_proxy(cfg)
     with claimed(cfg) as (directory, ours):
         train_in(cfg, directory, find_sound(directory / "checkpoints", set_aside=ours))
@@ -196,3 +202,4 @@ def train_in(cfg: DictConfig, directory: Path, newest: Path | None) -> None:
     if step >= trainer.max_steps:
         log.info("nothing to do: all %d steps are done", step)
     trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
+    end_if_early(trainer, begun=step)

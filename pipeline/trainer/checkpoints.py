@@ -119,7 +119,9 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 class Checkpoints(pl.Callback):
-    """Save after every `every_steps` optimizer steps and after the last; keep the newest `keep`."""
+    """Save after every `every_steps` optimizer steps, and where training ends, be it early; keep
+    the newest `keep`.
+    """
 
     def __init__(self, *, directory: Path, every_steps: int, keep: int):
         if every_steps < 1 or keep < 1:
@@ -127,9 +129,11 @@ class Checkpoints(pl.Callback):
                 f"checkpoint_every_steps={every_steps}, keep_checkpoints={keep}: both at least 1"
             )
         self.directory, self.every_steps, self.keep = directory, every_steps, keep
+        self.saved = 0  # step of the checkpoint that was written, or gone on from, last
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raises ValueError when ranks found other checkpoints: they would wait for each other."""
+        self.saved = trainer.global_step
         if trainer.world_size == 1:
             return
         step = torch.tensor([trainer.global_step, -trainer.global_step], device=pl_module.device)
@@ -147,12 +151,17 @@ class Checkpoints(pl.Callback):
             return
         self.save(trainer)
 
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step != self.saved:  # something ended the training early
+            self.save(trainer)
+
     def save(self, trainer: pl.Trainer) -> Path:
         """Write the step that has just ended; called on every rank."""
         path = self.path(trainer)
         for logger in trainer.loggers:
             logger.save()  # rows up to here are not written again
         trainer.save_checkpoint(path)
+        self.saved = trainer.global_step
         if trainer.is_global_zero:
             for old in sorted(self.directory.glob("step-*.ckpt"))[: -self.keep]:
                 old.unlink()

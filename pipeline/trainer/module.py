@@ -254,6 +254,7 @@ class ContrastiveModule(pl.LightningModule):
         self.bad_records += int(batch["bad"])
         optimizer = self.optimizers()
         done = self.phase.samples_at(self.trainer.global_step) - self.phase.first_sample
+        assert done >= 0, "the phase before has not ended"
         total = self.phase.config.samples_seen
         factor = self.schedule.factor(done, total, self.global_batch_size)
         for group in optimizer.param_groups:

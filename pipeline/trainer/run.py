@@ -24,10 +24,19 @@ from pipeline.phases import Phase, phases
 from pipeline.shards import write_atomically
 from pipeline.tracking.metrics import MetricsFile
 from pipeline.trainer.attentive import module_class
+from pipeline.trainer.callbacks.preemption import TEMPORARY_FAILURE
 from pipeline.trainer.callbacks.progress import PairsProgress
-from pipeline.trainer.checkpoints import AtomicCheckpointIO, Checkpoints, find_sound, step_of
+from pipeline.trainer.checkpoints import (
+    AtomicCheckpointIO,
+    Checkpoints,
+    find_sound,
+    newest_of,
+    step_of,
+)
 from pipeline.trainer.identity import claimed, resolved
 from pipeline.trainer.module import ContrastiveModule
+from pipeline.trainer.options import refuse_wrong_options
+from pipeline.trainer.rehearsal import rehearse
 from pipeline.trainer.strategies.adapter import refuse_wrong_trainer
 
 log = logging.getLogger(__name__)
@@ -113,7 +122,7 @@ def make_trainer(phase: Phase, directory: Path, logger: list[Logger]) -> pl.Trai
         trainer = build(cfg.trainer, **options)
     except InstantiationException as error:  # what Lightning says to a wrong combination
         raise ValueError(f"trainer: {error.__cause__}") from error
-    refuse_wrong_trainer(trainer)
+    refuse_wrong_trainer(trainer, cfg.trainer.get("precision"))
     return trainer
 
 
@@ -200,10 +209,39 @@ def train_phase(phase: Phase, directory: Path, logger: list[Logger], newest: Pat
             if isinstance(one, MetricsFile):
                 one.rewind(step_of(newest))
     trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
+    end_if_early(trainer, begun=step_of(newest))
+
+
+def end_if_early(trainer: pl.Trainer, *, begun: int) -> None:
+    """Raises SystemExit on all ranks, rank 0 with code 75, where training ended before its last
+    step: by trainer.max_time, or a callback that stops the trainer.
+
+    begun: the step it went on from. Raises ValueError where it did none: a scheduler would start
+    the same command for ever.
+    """
+    if trainer.global_step >= trainer.max_steps:
+        return
+    if trainer.global_step == begun:
+        raise ValueError(
+            f"stopped before step {begun + 1} of {trainer.max_steps}: trainer.max_time counts all "
+            "lives of a run and is used up, raise it or leave it out (or a callback stopped it)"
+        )
+    if trainer.is_global_zero:
+        log.warning(
+            "stopped after step %d of %d, by trainer.max_time (which counts all lives of a run) or "
+            "a callback; %s is written, the same command with more time goes on (exit code %d)",
+            trainer.global_step,
+            trainer.max_steps,
+            newest_of(trainer),
+            TEMPORARY_FAILURE,
+        )
+    raise SystemExit(TEMPORARY_FAILURE if trainer.is_global_zero else 0)
 
 
 def train(cfg: DictConfig) -> Path:
     """Train, from the last sound checkpoint if there is one; returns the run directory."""
+    refuse_wrong_options(cfg)
+    rehearse(cfg)
     with claimed(cfg) as (directory, ours):
         logger, plan = loggers(cfg), phases(cfg)
         for one in logger:

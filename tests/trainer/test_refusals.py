@@ -40,6 +40,8 @@ def trainer(**options):
             r"trainer=fsdp \(FSDP2\)",
         ),
         ({"strategy": DDPStrategy(static_graph=True)}, "static_graph"),
+        ({"strategy": "ddp_spawn", "devices": 2}, "processes by spawn .* use trainer=ddp"),
+        ({"strategy": FullyShardedStrategy(gather_bfloat16=True)}, "gather_bfloat16 .*=bf16-mixed"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -91,6 +93,9 @@ def test_optimizers_that_need_whole_parameters():
     [
         (["trainer=fsdp", "trainer.precision=16-mixed"], "does not support .*16-mixed"),
         (["trainer=deepspeed_1", "trainer.strategy.stage=9"], "a stage is 0"),
+        (["trainer=fsdp", "trainer.strategy.reduce_gradients=Each"], "=Each: once or each"),
+        (["trainer=deepspeed_2", "trainer.strategy.reduce_gradients=all"], "=all: once or each"),
+        (["trainer.precision=16-mixed"], "16-mixed on a CPU, .*trainer.precision=bf16-mixed"),
     ],
 )
 def test_what_constructors_refuse_is_a_message(words, message, data, tmp_path):

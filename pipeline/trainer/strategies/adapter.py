@@ -31,8 +31,11 @@ def adapter(trainer: pl.Trainer, backward: Callable[[Tensor], None]) -> SinglePr
             return SingleProcess(model=strategy.model, backward=backward)
 
 
-def refuse_wrong_trainer(trainer: pl.Trainer) -> None:
-    """Raises ValueError for options of Lightning's Trainer that do something else here."""
+def refuse_wrong_trainer(trainer: pl.Trainer, precision: str | int | None = None) -> None:
+    """Raises ValueError for options of Lightning's Trainer that do something else here.
+
+    precision: what the config asks for, as Lightning may take another.
+    """
     strategy = trainer.strategy
     known = isinstance(
         strategy, SingleDeviceStrategy | DDPStrategy | FullyShardedStrategy | ZeroStrategy
@@ -55,6 +58,22 @@ def refuse_wrong_trainer(trainer: pl.Trainer) -> None:
         raise ValueError(
             f"trainer.gradient_clip_val={trainer.gradient_clip_val} is not applied in a step of "
             "ours: set gradient_clip_norm"
+        )
+    if str(precision) in ("16", "16-mixed") and trainer.precision == "bf16-mixed":
+        raise ValueError(
+            f"trainer.precision={precision} on a CPU, where Lightning would run bf16-mixed: set "
+            "trainer.precision=bf16-mixed or 32-true"
+        )
+    gathers = isinstance(strategy, FullyShardedStrategy) and strategy.gather_bfloat16
+    if gathers and trainer.precision != "bf16-mixed":
+        raise ValueError(
+            f"trainer.strategy.gather_bfloat16 with trainer.precision={trainer.precision}: set "
+            "trainer.precision=bf16-mixed, or leave gather_bfloat16 out"
+        )
+    if isinstance(strategy, DDPStrategy) and strategy._start_method != "popen":
+        raise ValueError(
+            f"trainer.strategy: processes by {strategy._start_method} cannot take over a model and "
+            "an open run: use trainer=ddp"
         )
     if isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
         raise ValueError(

@@ -5,7 +5,7 @@ Checkpoints are those of one process: whole tensors, written by rank 0.
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -20,9 +20,8 @@ from torch.optim import Optimizer
 from pipeline.trainer.checkpoints import check_names, has_shape
 from pipeline.trainer.strategies.blocks import blocks
 from pipeline.trainer.strategies.scalars import widen_scalars
-from pipeline.trainer.strategies.single import SingleProcess
+from pipeline.trainer.strategies.single import Reduce, SingleProcess, check_reduce
 
-Reduce = Literal["once", "each"]
 _AS_IT_IS = MixedPrecisionPolicy()
 
 
@@ -84,6 +83,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         gather_bfloat16: bool = False,
         process_group_backend: str | None = None,
     ) -> None:
+        check_reduce(reduce_gradients)
         super().__init__(
             save_distributed_checkpoint=False, process_group_backend=process_group_backend
         )

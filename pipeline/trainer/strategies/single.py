@@ -3,10 +3,18 @@
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+
+Reduce = Literal["once", "each"]  # when gradients are sent: a step, or a micro-batch
+
+
+def check_reduce(word: str) -> None:
+    """Raises ValueError for a word that is none of them."""
+    if word not in get_args(Reduce):
+        raise ValueError(f"trainer.strategy.reduce_gradients={word}: once or each")
 
 
 class SingleProcess:
@@ -23,8 +31,7 @@ class SingleProcess:
     ) -> None:
         self.model = model
         self._backward = backward
-        self._norm = torch.tensor(0.0)
-        self._applied = True
+        self._norm, self._applied = 0.0, True
 
     def session(self) -> AbstractContextManager:
         """Around all forwards and backwards of a step."""
@@ -44,17 +51,18 @@ class SingleProcess:
         A gradient that is not finite is dropped, and the optimizer's step changes nothing. Waits
         for the device once: whether to skip is decided here.
         """
-        self._norm = self._total_norm(self._gradients())
-        self._applied = math.isfinite(self._norm.item())
+        norm = self._total_norm(self._gradients())
+        self._norm = norm.item()
+        self._applied = math.isfinite(self._norm)
         if not self._applied:
             for parameter in self.model.parameters():
                 parameter.grad = None
         elif limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, self._norm)
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
 
     def outcome(self) -> tuple[float, bool]:
         """The gradient's norm before clipping, and whether the optimizer's step changed weights."""
-        return self._norm.item(), self._applied
+        return self._norm, self._applied
 
     @torch.no_grad()
     def clamp(self, parameter: nn.Parameter, least: float, most: float) -> None:

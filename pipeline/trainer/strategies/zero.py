@@ -7,7 +7,7 @@ import argparse
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipeline.trainer.strategies.scalars import widen_scalars
-from pipeline.trainer.strategies.single import SingleProcess
+from pipeline.trainer.strategies.single import Reduce, SingleProcess, check_reduce
 from pipeline.trainer.strategies.zero_parts import Pieces
 from pipeline.trainer.strategies.zero_state import (
     gathered,
@@ -28,8 +28,6 @@ from pipeline.trainer.strategies.zero_state import (
     whole_optimizer,
     whole_weights,
 )
-
-Reduce = Literal["once", "each"]
 
 
 def prepare_cpu() -> None:
@@ -120,6 +118,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         reduce_gradients: Reduce = "once",
         options: Mapping[str, Any] | None = None,
     ) -> None:
+        check_reduce(reduce_gradients)
         if stage not in range(4) or (offload and stage == 0):
             raise ValueError(
                 f"trainer.strategy.stage={stage} offload={offload}: a stage is 0, 1, 2 or 3, and "
