@@ -1,18 +1,17 @@
-"""COMMAND: a raw pool -> curated shards. `python -m curation.run pool=DIR out=DIR
-[dataset=PRESET]`.
+"""COMMAND: a raw pool -> curated shards.
+
+    clip-curate pool=DIR out=DIR [dataset=PRESET]         # or python -m curation.run
+    clip-curate explain uid=UID pool=DIR out=DIR ...      # why a pair was kept or dropped
+    clip-curate plan [nodes=N] pool=DIR out=DIR ...       # how many hours it would take
 
 ingest -> annotate -> select -> pack; each stage finds what is already there and does only the
-rest, so the same line
-continues a killed run, and a changed threshold costs seconds. The same words after `explain
-uid=UID` tell why one
-pair was kept or dropped, after `plan` how many hours it would take.
+rest, so the same line continues a killed run, and a changed threshold costs seconds.
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +22,8 @@ from curation.explain import explain
 from curation.pool import Facts, Pool, annotate_unit, default_cache, ingest_file
 from curation.report import write_report
 from curation.selection import Selection, select
-from pipeline.config import CONF, build, check, user_errors
+from pipeline.command import entry
+from pipeline.config import build, check
 
 STAGES = ("ingest", "annotate", "select", "pack")
 ACTIONS = ("run", "explain", "plan")
@@ -127,11 +127,10 @@ def show(selection: Selection) -> None:
     Console(stderr=True).print(table)
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="curate")
+@entry("clip-curate", config="curate", choices="dataset")
 def main(cfg: DictConfig) -> None:
     """Compose, check, run."""
-    with user_errors("clip-curate"):
-        run(cfg)
+    run(cfg)
 
 
 def command() -> None:

@@ -1,13 +1,15 @@
-"""COMMAND: our panels in a W&B project. `python -m pipeline.dashboard project=P entity=E`.
+"""COMMAND: our panels in a W&B project.
+
+    clip-dashboard project=P entity=E    # or python -m pipeline.dashboard
 
 Saves a workspace and a report, prints their addresses. Needs `wandb login`, the network, and
-`pip install 'pairwright[dashboards]'`. Without any of them: `python -m pipeline.report run=runs/N`.
+`pip install 'pairwright[dashboards]'`. Without any of them: `clip-report run=runs/N`.
 """
 
-import hydra
 from omegaconf import DictConfig
 
-from pipeline.config import CONF, check, user_errors
+from pipeline.command import entry
+from pipeline.config import check
 from pipeline.tracking.dashboards import report, workspace
 
 
@@ -27,12 +29,11 @@ def save(config: DictConfig) -> list[str]:
         ) from error
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="dashboard")
+@entry("clip-dashboard", config="dashboard")
 def main(config: DictConfig) -> None:
     """Check, send, say where."""
-    with user_errors("clip-dashboard"):
-        check(config)
-        print("\n".join(save(config)))
+    check(config)
+    print("\n".join(save(config)))
 
 
 if __name__ == "__main__":

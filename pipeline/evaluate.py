@@ -1,9 +1,9 @@
 """COMMAND: numbers of a trained run.
 
-    python -m pipeline.evaluate run=runs/demo eval=emoji
-    python -m pipeline.evaluate run=runs/demo eval=emoji devices=8    # the same numbers, sooner
-    python -m pipeline.evaluate run=runs/demo eval=emoji features=DIR  # embeds only what is new
-    python -m pipeline.evaluate run=runs/demo eval=emoji track=evaluation  # and in W&B
+    clip-eval run=runs/demo eval=emoji                   # or python -m pipeline.evaluate
+    clip-eval run=runs/demo eval=emoji devices=8         # the same numbers, sooner
+    clip-eval run=runs/demo eval=emoji features=DIR      # embeds only what is new
+    clip-eval run=runs/demo eval=emoji track=evaluation  # and in W&B
 
 Each process embeds its share; srun and torchrun may have started them. Prints a table, writes
 <run>/eval/<task>.json (or out=DIR) and returns {"eval/<task>/<metric>": x}.
@@ -13,14 +13,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from lightning.fabric import Fabric
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import CONF, build, check, user_errors
+from pipeline.command import entry
+from pipeline.config import build, check
 from pipeline.distributed import barrier, rank
 from pipeline.evals.bootstrap import Estimate
 from pipeline.evals.remembered import Remembered
@@ -93,12 +93,11 @@ def table(numbers: dict[str, float], *, title: str) -> Table:
     return shown
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
+@entry("clip-eval", config="evaluate", choices="eval")
 def main(config: DictConfig) -> dict[str, float]:
     """Check, evaluate, print."""
-    with user_errors("clip-eval"):
-        check(config)
-        numbers = evaluate(config)
+    check(config)
+    numbers = evaluate(config)
     if rank() == 0:
         Console().print(table(numbers, title=config.run))
     return numbers

@@ -1,8 +1,8 @@
 """COMMAND: a trained run in the files that other software loads.
 
-python -m pipeline.export run=runs/demo format=transformers out=exported
-python -m pipeline.export run=runs/demo format=open_clip out=exported
-python -m pipeline.export run=runs/demo format=features format.shards=curated out=features
+    clip-export run=runs/demo format=transformers out=exported    # or python -m pipeline.export
+    clip-export run=runs/demo format=open_clip out=exported
+    clip-export run=runs/demo format=features format.shards=curated out=features
 
 A model's directory has a README.md, its card. push_to=USER/NAME sends it to the Hugging Face hub,
 into a private repository unless private=false; the login is `hf auth login`'s, or HF_TOKEN.
@@ -11,10 +11,10 @@ into a private repository unless private=false; the login is `hf auth login`'s, 
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import hydra
 from omegaconf import DictConfig
 
-from pipeline.config import CONF, build, check, user_errors
+from pipeline.command import entry
+from pipeline.config import build, check
 from pipeline.evals.trained import TrainedClip
 from pipeline.formats.model_card import model_card
 from pipeline.shards import write_atomically
@@ -75,12 +75,11 @@ def push(out: Path, repository: str, *, private: bool) -> None:
         ) from error
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="export")
+@entry("clip-export", config="export", choices="format")
 def main(config: DictConfig) -> None:
     """Check, export, say where."""
-    with user_errors("clip-export"):
-        check(config)
-        out = export(config)
+    check(config)
+    out = export(config)
     for path in sorted(path for path in out.iterdir() if path.is_file()):
         print(f"{path}  {path.stat().st_size:,} bytes")
 

@@ -1,21 +1,22 @@
-"""COMMAND: a run as a page to look at. `python -m pipeline.report run=runs/N`.
+"""COMMAND: a run as a page to look at.
+
+    clip-report run=runs/N    # or python -m pipeline.report
 
 For a run that is going on, was killed or is done; writes runs/N/report.html.
 """
 
-import hydra
 from omegaconf import DictConfig
 
-from pipeline.config import CONF, check, user_errors
+from pipeline.command import entry
+from pipeline.config import check
 from pipeline.tracking.page import write_page
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="report")
+@entry("clip-report", config="report")
 def main(config: DictConfig) -> None:
     """Check, write, say where."""
-    with user_errors("clip-report"):
-        check(config)
-        print(write_page(config.run))
+    check(config)
+    print(write_page(config.run))
 
 
 if __name__ == "__main__":

@@ -474,7 +474,7 @@ def test_the_command_names_what_is_missing(run, tmp_path):
     assert "Traceback" not in done.stderr
     assert "format.shards=" in done.stderr
     done = command(tmp_path, f"run={run}", "format=onnx", "out=exported")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "transformers" in done.stderr  # the known ones are listed
     done = command(tmp_path, "run=nowhere", "format=open_clip", "out=exported")
     assert done.returncode == 2

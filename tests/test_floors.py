@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # room -> floor; the longest matching prefix counts
 FLOORS = {
+    "pipeline.command": 0,
     "pipeline.config": 0,
     "pipeline.distributed": 0,
     "pipeline.metric": 0,
