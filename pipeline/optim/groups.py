@@ -46,6 +46,13 @@ def shape_of(parameter: nn.Parameter) -> Sequence[int]:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
+def moments(betas: Sequence[float], eps: float) -> tuple[tuple[float, float], float]:
+    """Adam's (betas, eps). Raises ValueError for what would end in NaN, or in no step at all."""
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas) or not eps > 0:
+        raise ValueError(f"betas={list(betas)}, eps={eps}: two betas in [0, 1), and eps above 0")
+    return (betas[0], betas[1]), eps
+
+
 class Rates:
     """Learning rates and weight decays of a model, as groups for a torch optimizer.
 

@@ -6,16 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.optim.groups import Rates
+from pipeline.optim.groups import Rates, moments
 from pipeline.optim.parts import Whole
 
 
 class Lamb:
-    """LAMB for batches in the tens of thousands, as EVA-CLIP trains (arXiv:2303.15389, sec. 2).
+    """LAMB for batches in the tens of thousands, EVA-CLIP's choice (arXiv:2303.15389, sec. 2).
 
     update u = m / (sqrt(v) + eps) + weight_decay * w with bias-corrected m, v (algorithm 2);
     step = lr * ratio * u, ratio = |w| / |u| within [min_coeff, max_coeff], 1 where either norm is
     0. Parameters that are not decayed (gains, biases, no_decay) have ratio 1: AdamW's step.
+    This is the paper's. What EVA-CLIP ran is DeepSpeed's FusedLamb on ZeRO-1's flat pieces: one
+    ratio a group and rank, gains and biases too, of a direction whose step size alone is corrected,
+    so that weight_decay is multiplied by sqrt(1 - beta2^t) / (1 - beta1^t).
     The defaults are EVA-CLIP's; the bounds are those of DeepSpeed's implementation, the paper
     leaves them open.
     Price: AdamW's memory and one more temporary copy of the largest group; two norms a matrix,
@@ -37,7 +40,7 @@ class Lamb:
         if not 0 < min_coeff <= max_coeff:
             raise ValueError(f"min_coeff={min_coeff}, max_coeff={max_coeff}: 0 < min <= max")
         self.rates = Rates(lr=lr, weight_decay=weight_decay, towers=towers, no_decay=no_decay)
-        self.betas, self.eps = tuple(betas), eps
+        self.betas, self.eps = moments(betas, eps)
         self.bounds = min_coeff, max_coeff
 
     def make(self, model: nn.Module) -> "LambOptimizer":

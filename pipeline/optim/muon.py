@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.optim.groups import Rates, block_of, check_whole, shape_of
+from pipeline.optim.groups import Rates, block_of, check_whole, moments, shape_of
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -49,7 +49,7 @@ class Muon:
             "ns_steps": newton_schulz_steps,
             "adjust_lr_fn": "match_rms_adamw",
         }
-        self.adamw = {"betas": tuple(betas), "eps": eps}
+        self.adamw = dict(zip(("betas", "eps"), moments(betas, eps), strict=True))
 
     def make(self, model: nn.Module) -> "MuonWithAdamW":
         """A torch optimizer; each group remembers its `base_lr` for the schedule."""

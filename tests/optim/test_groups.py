@@ -5,7 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.optim.adamw import AdamW
 from pipeline.optim.groups import Rates, block_of, check_whole, describe, layer_of
+from pipeline.optim.lamb import Lamb
+from pipeline.optim.muon import Muon
 from tests.optim.small_model import tiny
 
 PARITY = Path(__file__).parents[1] / "data" / "parity" / "schedules.json"
@@ -160,3 +163,13 @@ def test_flat_pieces_of_parameters_are_refused() -> None:
     alone = [{"params": [torch.zeros(6)], "names": ["image_projection.weight"], "decayed": True}]
     with pytest.raises(ValueError, match="flat pieces"):
         check_whole(alone, "LAMB")
+
+
+@pytest.mark.parametrize("make", [AdamW, Lamb, Muon])
+@pytest.mark.parametrize(
+    "words", [{"betas": b} for b in ([0.9, 1.0], [-0.1, 0.9], [0.9], [0.9] * 3)] + [{"eps": 0.0}]
+)
+def test_moments_that_end_in_nan_are_refused(make: type, words: dict) -> None:
+    with pytest.raises(ValueError, match=r"two betas in \[0, 1\), and eps above 0"):
+        make(lr=0.1, **words)
+    make(lr=0.1, betas=[0.0, 0.95], eps=1e-8)
