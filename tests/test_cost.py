@@ -153,6 +153,13 @@ def test_optimizer_state_is_what_a_real_step_leaves(optimizer):
     assert state_bytes(build(cfg.optimizer), shape) == real
 
 
+def test_the_copy_that_steps_has_the_models_dtype():
+    model = shapes("micro_32").to(torch.bfloat16)
+    elements = sum(p.numel() for p in model.parameters())
+    found = state_bytes(build(composed("train", TINY).optimizer), model)
+    assert found == pytest.approx(2 * 2 * elements, rel=0.01)
+
+
 @pytest.mark.parametrize("micro_batch", [8, 3])
 def test_a_step_has_the_operations_that_are_counted(micro_batch):
     """The cached step itself, on a CPU; attention apart, which the counter does not see there."""
@@ -199,8 +206,8 @@ def test_memory_is_cut_into_pieces_by_hand():
     parameters = cost.parameters
     model = build(composed("train", TINY).model)
     assert parameters == sum(p.numel() for p in model.parameters()) - 1  # the logit scale
-    ddp, one, two, three = (
-        cost.memory(name) for name in ("DDP", "ZeRO-1", "ZeRO-2", "FSDP2, ZeRO-3")
+    ddp, one, two, three, fsdp = (
+        cost.memory(name) for name in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
     )
     assert ddp["weights"] == one["weights"] == two["weights"] == 4 * parameters
     assert ddp["gradients"] == 8 * parameters and one["gradients"] == 4 * parameters
@@ -209,6 +216,14 @@ def test_memory_is_cut_into_pieces_by_hand():
     assert one["optimizer"] == three["optimizer"] == -(-cost.state_bytes // 4)
     block = sum(p.numel() for p in model.image.transformer.blocks[0].parameters())
     assert three["weights"] == parameters + 2 * 2 * 4 * block
+    assert one["masters"] == two["masters"] == three["masters"] == parameters  # a float32 quarter
+    assert ddp["masters"] == fsdp["masters"] == 0 and fsdp == three | {"masters": 0}
+    (mixed,) = costs_of(
+        *TINY, "global_batch_size=32", "trainer.precision=bf16-mixed", "ema=constant", world_size=4
+    )
+    ddp_mixed, one_mixed = mixed.memory("DDP"), mixed.memory("ZeRO-1")
+    assert ddp_mixed["weights"] == 8 * parameters and ddp_mixed["half copies"] > 0
+    assert one_mixed["weights"] == (2 + 4) * parameters and one_mixed["half copies"] == 0
     assert ddp["images"] == 8 * 3 * 32 * 32 * 5
     assert ddp["activations"] == 8 * cost.pair_bytes
     assert ddp["features, loss"] == 2 * 4 * 96 * (32 + 16) + 16 * 8 * 32

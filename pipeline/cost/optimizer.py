@@ -19,7 +19,8 @@ class Shrunk(nn.Module):
         super().__init__()
         self.small = {
             name: nn.Parameter(
-                torch.ones([min(2, size) for size in parameter.shape]), parameter.requires_grad
+                torch.ones([min(2, size) for size in parameter.shape], dtype=parameter.dtype),
+                parameter.requires_grad,
             )
             for name, parameter in model.named_parameters()
         }

@@ -21,12 +21,14 @@ from pipeline.phases import Phase
 # bf16 without sparsity, the vendor's figures
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12}
 HALF = {"bf16": torch.bfloat16, "16": torch.float16}
-# What is cut into pieces over the processes: weights, gradients, optimizer state.
+# What is cut into pieces over the processes: weights, gradients, optimizer state; and whether the
+# optimizer steps on float32 copies of its pieces (DeepSpeed's does, in float32 too).
 STRATEGIES = {
-    "DDP": (False, False, False),
-    "ZeRO-1": (False, False, True),
-    "ZeRO-2": (False, True, True),
-    "FSDP2, ZeRO-3": (True, True, True),
+    "DDP": (False, False, False, False),
+    "ZeRO-1": (False, False, True, True),
+    "ZeRO-2": (False, True, True, True),
+    "ZeRO-3": (True, True, True, True),
+    "FSDP2": (True, True, True, False),
 }
 
 
@@ -37,7 +39,8 @@ class PhaseCost:
 
     views: of each image that are trained on, and the image tower's cost is that of all. wide_flops:
     of the averaged tower's forward on one more crop, 0 without one. state_bytes: of the optimizer.
-    weight_bytes: of one weight, gradient and half-precision copies aside. logits: whether the loss
+    weight_bytes: of one weight, gradient and half-precision copies aside. mixed: whether products
+    are in half precision. logits: whether the loss
     keeps its logits. averaged: whether a moving average is kept.
     """
 
@@ -57,6 +60,7 @@ class PhaseCost:
     text_recomputed: bool
     state_bytes: int
     weight_bytes: int
+    mixed: bool
     logits: bool
     averaged: bool
     views: int = 1
@@ -108,23 +112,26 @@ class PhaseCost:
 
     def memory(self, strategy: str) -> dict[str, int]:
         """Bytes on one GPU by what they are for."""
-        cut_weights, cut_gradients, cut_state = STRATEGIES[strategy]
+        cut_weights, cut_gradients, cut_state, masters = STRATEGIES[strategy]
 
         def share(count: int, cut: bool) -> int:
             return -(-count // self.world_size) if cut else count
 
-        weights = self.weight_bytes * self.parameters
+        half = masters and self.mixed  # DeepSpeed's weights themselves are in half precision then
+        width = 2 if half else self.weight_bytes
+        weights, average = width * self.parameters, 4 * self.parameters * self.averaged
         trained = self.image.trained + self.text.trained
         gradients = self.weight_bytes * trained
         if strategy == "DDP" and self.world_size > 1:
             gradients *= 2  # and the buckets they are averaged in
         # A block that is used is there whole, with its gradient, and the next one is on its way.
         block = max(self.image.largest_block, self.text.largest_block)
-        whole_blocks = 2 * 2 * self.weight_bytes * block if cut_weights else 0
+        whole_blocks = 2 * 2 * width * block if cut_weights else 0
         return {
-            "weights": share(weights, cut_weights) * (1 + self.averaged) + whole_blocks,
-            "half copies": self.image.fixed_bytes + self.text.fixed_bytes,
+            "weights": share(weights, cut_weights) + share(average, cut_weights) + whole_blocks,
+            "half copies": 0 if half else self.image.fixed_bytes + self.text.fixed_bytes,
             "gradients": share(gradients, cut_gradients),
+            "masters": share(4 * trained, True) if masters else 0,
             "optimizer": share(self.state_bytes, cut_state),
             "activations": self.pair_bytes * self.micro,
             "images": self.image_bytes * self.local,
@@ -226,6 +233,7 @@ def phase_cost(phase: Phase, world_size: int) -> PhaseCost:
         text_recomputed=recomputed["text"],
         state_bytes=state_bytes(build(cfg.optimizer), model),
         weight_bytes=next(model.parameters()).element_size(),
+        mixed=mixed is not None,
         logits=_keeps_logits(cfg.loss),
         averaged=bool(cfg.ema),
         views=image.views,
