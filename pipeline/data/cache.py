@@ -6,9 +6,12 @@ Readers map the files they opened, so a shard that is removed meanwhile stays re
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import logging
+import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ CHUNK = 8 << 20
 TRIES = 3
 PAUSE_SECONDS = 1.0  # before the second try; twice as long before the third
 PATIENCE_SECONDS = 60.0  # for room that others hold
+PART = re.compile(r"\.(.+)\.(?:tar|parquet)\..+\.part")  # as whole_file names them
 INDEXED = "indexed-"  # folders whose indexes cost a pass over the tars: only their tars make room
 
 
@@ -65,9 +69,15 @@ class FileCache:
     """directory: on a disk of the machine. gib: most that the shards in it may take."""
 
     def __init__(self, *, directory: str | Path, gib: float):
-        if gib <= 0:
-            raise ValueError(f"cache_gib {gib}: must be above 0")
+        if not 0 < gib < math.inf:
+            raise ValueError(f"cache_gib {gib}: must be above 0, and finite")
         self.directory, self.gib, self.limit = Path(directory), gib, int(gib * 2**30)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"data.cache={directory}: {error.strerror}; name a folder on a disk of the machine"
+            ) from error
 
     def folder(self, key: str, *, prefix: str = "shards-") -> Path:
         """The place of what belongs to a key."""
@@ -99,10 +109,11 @@ class FileCache:
                 os.utime(file.path)  # read now: others go first when room is needed
         if not absent:
             return
-        sizes = [_retried(file.url, lambda fs, path: fs.size(path)) or 0 for file in absent]
+        _remove_parts(key)
+        sizes = [retried(file.url, lambda fs, path: fs.size(path)) or 0 for file in absent]
         with self.room(key, sum(sizes)):
             for file in absent:
-                _retried(file.url, file.copy)
+                retried(file.url, file.copy)
 
     @contextlib.contextmanager
     def room(self, key: Path, needed: int) -> Iterator[None]:
@@ -137,6 +148,12 @@ class FileCache:
             return True
 
     def _make_room(self, needed: int) -> bool:
+        for part in self.directory.glob("*/.*.part"):
+            if found := PART.fullmatch(part.name):
+                shard = part.with_name(f"{found[1]}.tar")
+                with self.locked(shard, wait=False) as ours:
+                    if ours:
+                        _remove_parts(shard)
         taken = self._claimed() + needed
         found = sorted(self._removable())
         taken += sum(size for _, size, _ in found)
@@ -176,19 +193,46 @@ class FileCache:
             yield last, sum(stat.st_size for _, stat in files), [path for path, _ in files]
 
 
-def _retried(url: str, action: Callable[[fsspec.AbstractFileSystem, str], Any]) -> Any:
-    """action(file system, path), again after a failure that may pass."""
+def _remove_parts(key: Path) -> None:
+    """What a killed process had written of a shard; call it under `locked(key)`."""
+    for part in key.parent.glob(f".{glob.escape(key.stem)}.*.part"):
+        found = PART.fullmatch(part.name)
+        if found and found[1] == key.stem:
+            part.unlink(missing_ok=True)
+
+
+def retried(
+    url: str,
+    action: Callable[[fsspec.AbstractFileSystem, str], Any],
+    *,
+    missing: str = "missing, but the manifest or data.shards names it",
+) -> Any:
+    """action(file system, path), again after a failure that may pass.
+
+    Raises ValueError that names the URL; `missing` is what it says of a file that is not there.
+    """
+    fs, path = filesystem(url)
     for attempt in range(TRIES):
         try:
-            return action(*filesystem(url))
-        except FileNotFoundError as error:
-            raise ValueError(f"{url}: missing, but the manifest lists it") from error
-        except OSError as error:
+            return action(fs, path)
+        except ValueError:
+            raise  # ours, of what was read
+        except Exception as error:  # stores have errors of their own: aiohttp's are no OSError
+            reason = error.__cause__ or error
+            if isinstance(error, FileNotFoundError) and _is_absent(fs, error):
+                raise ValueError(f"{url}: {missing}") from error
             if attempt == TRIES - 1:
-                raise ValueError(f"{url}: cannot be read ({error})") from error
-            log.warning("%s: %s; trying again", url, error)
+                words = str(reason) or type(reason).__name__
+                raise ValueError(f"{url}: cannot be read ({words})") from error
+            log.warning("%s: %s; trying again", url, reason)
             time.sleep(PAUSE_SECONDS * 2**attempt)
     return None
+
+
+def _is_absent(fs: fsspec.AbstractFileSystem, error: FileNotFoundError) -> bool:
+    """fsspec's http says "not found" whatever happened, with what happened as the cause."""
+    cause = error.__cause__
+    return "http" not in fs.protocol or cause is None or getattr(cause, "status", None) == 404
 
 
 def refuse_other(

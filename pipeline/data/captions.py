@@ -91,6 +91,9 @@ class Alternate:
         return texts[int(rng.integers(len(texts)))] if texts and turn else primary
 
 
+OF_RECAPTIONS = (Mix, Uniform, Alternate)  # without recaptions these do nothing
+
+
 def recaptions(captions: Captions, primary: str, roles: Sequence[str]) -> list[str]:
     """Texts of the given roles that are not the primary text, in the record's order."""
     return [c["text"] for c in captions if c["role"] in roles and c["text"] != primary]

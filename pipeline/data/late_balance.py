@@ -35,14 +35,24 @@ class LateBalance:
     A function of (seed, epoch, uid) alone, so of neither order nor sharding. Memory: 12 bytes a
     pair. cache: a folder of the machine where they are kept, so that one process of it gathers them
     once (about 2 seconds a million pairs) and all others map them.
-    Raises ValueError when a pair has no inclusion probability.
+    `expected`: pairs of an epoch, on average.
+    Raises ValueError when a pair has no inclusion probability, or no pair has one above 0.
     """
 
     def __init__(self, dataset: LocalDataset, *, seed: Any, cache: FileCache | None = None):
         self.seed = seed
+        self.hashes, self.probabilities = self._found(dataset, cache)
+        self.expected = float(self.probabilities.sum(dtype=np.float64))
+        if not self.expected > 0:
+            raise ValueError(
+                f"{dataset.directory}: {COLUMN} is 0 for all pairs, so no epoch has any; curate "
+                "anew, or set data.late_balance=false"
+            )
+
+    @staticmethod
+    def _found(dataset: LocalDataset, cache: FileCache | None) -> tuple[np.ndarray, np.ndarray]:
         if cache is None:
-            self.hashes, self.probabilities = gathered(dataset)
-            return
+            return gathered(dataset)
         content = json.dumps(dataset.manifest, sort_keys=True)
         folder = cache.folder(f"{dataset.directory} {content}", prefix="balance-")
         paths = [folder / "hashes.npy", folder / "probabilities.npy"]
@@ -51,9 +61,8 @@ class LateBalance:
                 for path, array in zip(paths, gathered(dataset), strict=True):
                     with whole_file(path) as file:
                         np.save(file, array)
-        self.hashes, self.probabilities = (
-            np.load(path, mmap_mode="r", allow_pickle=False) for path in paths
-        )
+        hashes, probabilities = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+        return hashes, probabilities
 
     def __call__(self, epoch: int) -> np.ndarray:
         key = hashlib.blake2b(repr((self.seed, "balance", epoch)).encode(), digest_size=8).digest()

@@ -17,11 +17,19 @@ import torch
 from torch.utils.data import DataLoader
 
 from pipeline.data.cache import FileCache
+from pipeline.data.captions import OF_RECAPTIONS
 from pipeline.data.images import BadImage, ImageTransform
 from pipeline.data.late_balance import LateBalance
 from pipeline.data.loading import Plan, WorkerDied, batches
+from pipeline.data.mixture import refuse_few_pairs, sources
 from pipeline.data.order import Interleaving, ShuffledOrder, generator
-from pipeline.data.sources import COLUMNS, LocalDataset, open_dataset, windows_ahead
+from pipeline.data.sources import (
+    COLUMNS,
+    LocalDataset,
+    open_dataset,
+    refuse_small_cache,
+    windows_ahead,
+)
 from pipeline.shards import Shard
 
 log = logging.getLogger(__name__)
@@ -57,6 +65,7 @@ class _Part:
     ):
         self.dataset, self.seed = dataset, seed
         keep = LateBalance(dataset, seed=seed, cache=cache) if late_balance else None
+        self.pairs = len(dataset) if keep is None else keep.expected  # of an epoch
         self.order = ShuffledOrder(
             dataset.starts, seed=seed, window_shards=window_shards, keep=keep
         )
@@ -88,8 +97,8 @@ class _Samples(torch.utils.data.Dataset):
         source, epoch, index = sample
         part, reasons = self.parts[source], []
         length = part.order.length(epoch)
-        # The same place of the next batch stands in, so that the batch stays whole and in place,
-        # and holds no pair twice.
+        # The same place of the next batch stands in, so that the batch stays whole and in place; it
+        # holds a pair twice only where an epoch ends, or where two bad pairs find one stand-in.
         stride = self.stride if length >= 2 * self.stride else 1
         for attempt in range(min(MAX_STAND_INS, length)):
             laps, ahead = divmod(attempt * stride, length)
@@ -145,9 +154,9 @@ class ShardStream:
     max_bad_fraction: above it (and after 1,000 pairs of a process) the run stops.
     workers: loader processes. One that dies is replaced and the stream goes on at the same pair; a
         third death in a row without a batch ends it (ValueError).
-    Raises ValueError when the global batch does not divide by the ranks, there are fewer pairs
-    than a batch, late_balance finds pairs without that probability, or shards are missing or not
-    what their manifest says.
+    Raises ValueError when the global batch does not divide by the ranks, a dataset has fewer pairs
+    than its share of a batch, late_balance finds pairs without that probability, a sampler needs
+    recaptions and there are none, or shards are missing or not what their manifest says.
     """
 
     def __init__(
@@ -176,23 +185,28 @@ class ShardStream:
                 f"global_batch_size {global_batch_size} is not a multiple of {world_size} "
                 f"processes: set it to {up}, or start another number of processes"
             )
+        if not 0 <= max_bad_fraction <= 1:
+            raise ValueError(f"data.max_bad_fraction={max_bad_fraction}: a share is in [0, 1]")
         names, weights = sources(shards, mixture)
         columns = COLUMNS + (["captions"] if captions is not None else [])
         files = FileCache(directory=cache, gib=cache_gib) if cache else None
-        self.parts = []
-        for number, name in enumerate(names):
-            dataset = open_dataset(
-                name, window_shards=window_shards, columns=columns, verify=verify, cache=files
+        knobs = {"window_shards": window_shards, "columns": columns, "verify": verify}
+        datasets = [open_dataset(name, cache=files, **knobs) for name in names]
+        refuse_small_cache(files, datasets, window_shards)
+        refuse_few_pairs(names, [len(d) for d in datasets], weights, global_batch_size)
+        refuse_no_recaptions(captions, names, datasets)
+        self.parts = [
+            _Part(
+                dataset,
+                seed=seed if len(datasets) == 1 else (seed, number),
+                window_shards=window_shards,
+                late_balance=late_balance,
+                cache=files,
             )
-            part_seed = seed if len(names) == 1 else (seed, number)
-            knobs = {"window_shards": window_shards, "late_balance": late_balance, "cache": files}
-            self.parts.append(_Part(dataset, seed=part_seed, **knobs))
+            for number, dataset in enumerate(datasets)
+        ]
         self.interleaving = Interleaving(weights, seed=seed)
-        if len(self) < global_batch_size:
-            raise ValueError(
-                f"data.shards={', '.join(names)} holds {len(self)} pairs, fewer than one batch of "
-                f"{global_batch_size}: a batch would hold pairs twice; lower global_batch_size"
-            )
+        refuse_few_pairs(names, [part.pairs for part in self.parts], weights, global_batch_size)
         self.samples = _Samples(self.parts, transform, captions, global_batch_size)
         self.tokenizer, self.seed = tokenizer, seed
         self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
@@ -316,17 +330,14 @@ class ShardStream:
             self.position = self.parts[0].order.position(epoch, index)
 
 
-def sources(
-    shards: str | None, mixture: Sequence[Mapping[str, Any]] | None
-) -> tuple[list[str], list[float]]:
-    """(where, weight) of each dataset. Raises ValueError when not exactly one of them is given."""
-    if (shards is None) == (not mixture):
-        raise ValueError("give data.shards (one dataset) or data.mixture (several), not both")
-    if shards is not None:
-        return [shards], [1.0]
-    for number, entry in enumerate(mixture):
-        if set(entry) != {"shards", "weight"} or not entry["weight"] > 0:
-            raise ValueError(
-                f"data.mixture[{number}] {dict(entry)}: needs shards, and a weight above 0"
-            )
-    return [entry["shards"] for entry in mixture], [entry["weight"] for entry in mixture]
+def refuse_no_recaptions(
+    captions: CaptionSampler | None, names: Sequence[str], datasets: Sequence[LocalDataset]
+) -> None:
+    """Raise ValueError for a sampler of recaptions on tars of others, none of which has any."""
+    banks = [dataset.manifest.get("num_banks") for dataset in datasets]  # None: of ours, unknown
+    if isinstance(captions, OF_RECAPTIONS) and all(count == 0 for count in banks):
+        raise ValueError(
+            f"data.captions draws from recaptions, and no pair of {', '.join(names)} has `captions`"
+            " in its .json: set captions@data.captions=primary, or recaption the pool first "
+            "(curation)"
+        )

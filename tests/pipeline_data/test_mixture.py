@@ -1,5 +1,6 @@
 """Streams of several datasets: one state, the same batches for any world, exact shares."""
 
+import re
 from collections import Counter
 
 import pytest
@@ -74,3 +75,41 @@ def test_the_same_dataset_twice_is_not_read_in_step(mixture, make_stream, take):
 def test_what_is_no_mixture_is_named(make_stream, shards, given, words):
     with pytest.raises(ValueError, match=words):
         make_stream(shards, mixture=given)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "y",
+        {"shards": "y", "weight": "x"},
+        {"shards": "y", "weight": None},
+        {"shards": "y", "weight": True},
+        {"shards": "y", "weight": float("inf")},
+        {"shards": "y", "weight": float("nan")},
+        {"shards": None, "weight": 1},
+        {"shards": "", "weight": 1},
+    ],
+)
+def test_entries_of_no_sense_are_named(mixture, make_stream, entry):
+    with pytest.raises(ValueError, match=r"data\.mixture\[1\] .*needs shards, and a weight above"):
+        make_stream(None, mixture=[mixture[0], entry])
+
+
+def test_a_dataset_smaller_than_its_share_of_a_batch_is_named(mixture, make_stream, take):
+    small = [dict(mixture[0], weight=1), dict(mixture[1], weight=1)]  # 75 and 21 pairs
+    take(make_stream(None, batch=42, mixture=small), 1)
+    with pytest.raises(ValueError, match=r"mixture\[1\] .*/b holds 21 pairs.* the 22 ") as error:
+        make_stream(None, batch=44, mixture=small)
+    small[1]["weight"] = float(re.search(r"its weight to (\S+) or less", str(error.value))[1])
+    assert 0.89 < small[1]["weight"] < 21 / 23
+    take(make_stream(None, batch=44, mixture=small), 1)
+
+
+def test_an_empty_dataset_is_named(tmp_path, mixture, make_stream, write_dataset):
+    for counts in ([], [0]):
+        empty = write_dataset(tmp_path / f"{len(counts)}", counts)
+        for knobs in ({}, {"late_balance": True}):
+            with pytest.raises(ValueError, match="holds no pairs"):
+                make_stream(empty, **knobs)
+        with pytest.raises(ValueError, match=r"mixture\[1\] .*holds no pairs"):
+            make_stream(None, mixture=[mixture[0], {"shards": str(empty), "weight": 1}])

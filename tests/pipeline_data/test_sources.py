@@ -1,7 +1,9 @@
 """Shards from directories and URLs: the same pairs, a bounded cache, damage named."""
 
+import gc
 import json
 import threading
+import weakref
 from collections import Counter
 from typing import ClassVar
 
@@ -31,6 +33,10 @@ class Bucket(MemoryFileSystem):
                 Bucket.failures[name] -= 1
                 raise OSError("connection reset")
         return super()._open(path, mode, **knobs)
+
+    def cat_file(self, path, **knobs):
+        with self.open(path) as file:
+            return file.read()
 
 
 @pytest.fixture(autouse=True)
@@ -236,3 +242,30 @@ def test_an_index_with_other_rows_than_the_manifest_is_refused(dataset, tmp_path
     assert json.loads((folder / "manifest.json").read_text())["format"]
     with pytest.raises(ValueError, match=r"shard-000000.*9 records, the manifest says 8"):
         open_dataset(str(folder), window_shards=2).shard(0)
+
+
+def test_shards_that_are_not_read_any_more_give_their_room_back(dataset, tmp_path):
+    files = FileCache(directory=tmp_path, gib=1)
+    reader = open_dataset(upload(dataset), window_shards=2, cache=files)
+    shards = [weakref.ref(reader.shard(number)) for number in range(6)]
+    gc.collect()
+    assert [shard() is not None for shard in shards] == [False, False, True, True, True, True]
+    local = open_dataset(str(dataset), window_shards=2)
+    assert local.shard.cache_info().maxsize == 64
+
+
+def test_the_windows_of_all_datasets_must_fit_together(dataset, tmp_path, make_stream):
+    url, limit = upload(dataset), gib(dataset, 3)
+    make_stream(url, cache=str(tmp_path), cache_gib=limit, window_shards=1)
+    mixture = [{"shards": url, "weight": 1}, {"shards": url, "weight": 1}]
+    with pytest.raises(ValueError, match="two windows of 1 shards of each of 2 datasets"):
+        make_stream(None, mixture=mixture, cache=str(tmp_path), cache_gib=limit, window_shards=1)
+
+
+def test_a_failing_store_is_asked_again_for_the_manifest(dataset, tmp_path):
+    url, files = upload(dataset), FileCache(directory=tmp_path, gib=1)
+    Bucket.failures["manifest.json"] = 2
+    assert len(open_dataset(url, window_shards=2, cache=files)) == 55
+    Bucket.failures["manifest.json"] = 3
+    with pytest.raises(ValueError, match=r"bucket://pool/shards: cannot be read \(connection"):
+        open_dataset(url, window_shards=2, cache=files)
