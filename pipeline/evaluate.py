@@ -6,10 +6,12 @@
     clip-eval run=runs/demo eval=emoji track=evaluation  # and in W&B
 
 Each process embeds its share; srun and torchrun may have started them. Prints a table, writes
-<run>/eval/<task>.json (or out=DIR) and returns {"eval/<task>/<metric>": x}.
+<run>/eval/<task>.json (or out=DIR; <task>.ema.json for weights=ema) and returns
+{"eval/<task>/<metric>": x}.
 """
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +55,11 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         found = run_task(name, task, embedder)
         embedder.keep()
         if rank() == 0:
-            write_json(out / f"{name}.json", results(trained, found))
+            kind = "" if config.weights == "trained" else f".{config.weights}"
+            write_json(out / f"{name}{kind}.json", results(trained, config.weights, found))
         numbers |= found
     if track is not None and rank() == 0:
-        track.log(Path(config.run), trained.checkpoint, numbers)
+        track.log(Path(config.run), trained.checkpoint, numbers, weights=config.weights)
     barrier()  # the launcher ends the others with the first
     return numbers
 
@@ -73,10 +76,11 @@ def processes(config: DictConfig) -> torch.device:
     return fabric.device
 
 
-def results(trained: TrainedClip, found: dict[str, float]) -> dict[str, Any]:
+def results(trained: TrainedClip, weights: str, found: dict[str, float]) -> dict[str, Any]:
     """What is kept of a task's numbers: the 95 % intervals apart, where there are some."""
     spans = {key: [v.low, v.high] for key, v in found.items() if isinstance(v, Estimate)}
-    return {"checkpoint": str(trained.checkpoint), "metrics": found, "intervals": spans}
+    made_by = {"checkpoint": str(trained.checkpoint), "weights": weights}
+    return {**made_by, "metrics": found, "intervals": spans}
 
 
 def table(numbers: dict[str, float], *, title: str) -> Table:
@@ -96,10 +100,11 @@ def table(numbers: dict[str, float], *, title: str) -> Table:
 @entry("clip-eval", config="evaluate", choices="eval")
 def main(config: DictConfig) -> dict[str, float]:
     """Check, evaluate, print."""
+    warnings.filterwarnings("ignore", module="lightning")
     check(config)
     numbers = evaluate(config)
     if rank() == 0:
-        Console().print(table(numbers, title=config.run))
+        Console().print(table(numbers, title=f"{config.run}, {config.weights} weights"))
     return numbers
 
 

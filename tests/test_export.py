@@ -432,6 +432,9 @@ def test_the_card_is_filled_from_the_run(run, tmp_path):
     (run / "eval" / "zero_shot.json").write_text(
         json.dumps({"metrics": {"eval/zero_shot/top1": 0.125}})
     )
+    (run / "eval" / "zero_shot.ema.json").write_text(
+        json.dumps({"metrics": {"eval/zero_shot/top1": 0.25}, "weights": "ema"})
+    )
     (run / "metrics.jsonl").write_text('{"perf/pairs_per_second": 1000.0}\n{"torn')
     for kind in ("open_clip", "transformers"):
         out = tmp_path / kind
@@ -445,6 +448,7 @@ def test_the_card_is_filled_from_the_run(run, tmp_path):
             "# first",
             "| balance | 1,200 | 1,000 | head 200 |",
             "zero_shot/top1 | 0.1250",
+            "zero_shot/top1, ema weights | 0.2500",
         ):
             assert words in text, words
         for words in ("25,600", "a\\|b", "1,000", "import", "sha256"):

@@ -138,7 +138,8 @@ def results(run: Path) -> str:
             for key, value in found["metrics"].items():
                 low, high = found.get("intervals", {}).get(key, (None, None))
                 span = "" if low is None else f"{low:.4f} to {high:.4f}"
-                rows.append((key.removeprefix("eval/"), f"{value:.4f}", span))
+                of = ", ema weights" if found.get("weights") == "ema" else ""
+                rows.append((key.removeprefix("eval/") + of, f"{value:.4f}", span))
         except (ValueError, KeyError, TypeError):
             rows.append((path.name, "cannot be read", ""))
     if not rows:

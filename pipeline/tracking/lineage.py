@@ -7,6 +7,7 @@ not sent. All of it is written offline too, and arrives with `wandb sync`.
 
 import re
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class WandbEvaluation:
     """The numbers of a command as a W&B run of type "evaluation", which uses the checkpoint.
 
     project, mode: as in training.  directory: where W&B writes; null: the run's own folder.
-    Its id is of the checkpoint, so that the same evaluation again is the same W&B run.
+    Its id is of the checkpoint, the weights and the tasks: the same evaluation again is the same
+    W&B run, and another is another.
     """
 
     def __init__(
@@ -60,18 +62,29 @@ class WandbEvaluation:
             raise ValueError(f"track.mode={mode}: modes are offline, online")
         self.project, self.mode, self.directory = project, mode, directory
 
-    def log(self, trained_in: Path, checkpoint: Path, numbers: Mapping[str, float]) -> None:
-        """trained_in: the run's folder, whose name is the training's in W&B."""
+    def log(
+        self, trained_in: Path, checkpoint: Path, numbers: Mapping[str, float], *, weights: str
+    ) -> None:
+        """trained_in: the run's folder, whose name is the training's in W&B.  numbers: by
+        eval/<task>/<metric>.  weights: of the checkpoint, "trained" or "ema".
+        """
         name = trained_in.resolve().name
+        tasks = sorted({key.split("/")[1] for key in numbers})
+        which = sha256("\n".join([weights, *tasks]).encode()).hexdigest()[:8]
         with wandb.init(
             project=self.project,
             job_type="evaluation",
             group=name,
-            name=f"{name}-{checkpoint.stem}",
-            id=artifact_name("evaluation", f"{name}-{checkpoint.stem}"),
+            name=f"{name}-{checkpoint.stem}-{weights}",
+            id=artifact_name(f"evaluation-{which}", f"{name}-{checkpoint.stem}"),
             dir=self.directory or str(trained_in),
             mode=self.mode,
-            config={"run": name, "checkpoint": checkpoint.name},
+            config={
+                "run": name,
+                "checkpoint": checkpoint.name,
+                "weights": weights,
+                "tasks": tasks,
+            },
         ) as run:
             used(run, checkpoint_artifact(name, checkpoint, {}))
             run.summary.update({key: float(value) for key, value in numbers.items()})

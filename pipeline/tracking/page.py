@@ -205,6 +205,7 @@ def results(run: Path) -> list[str]:
                 low, high = intervals.get(key, (None, None))
                 span = "" if low is None else f"{low:.4f} to {high:.4f}"
                 task, _, metric = key.removeprefix("eval/").partition("/")
+                task += ", ema weights" if found.get("weights") == "ema" else ""
                 lines.append(
                     f"<tr><td>{html.escape(task)}<td>{html.escape(metric)}<td class=n>{value:.4f}"
                     f"<td class=n>{span}"

@@ -13,8 +13,9 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from pipeline.check import composed
 from pipeline.evals.trained import TrainedClip, newest_checkpoint
-from pipeline.evaluate import table
+from pipeline.evaluate import evaluate, table
 
 
 def pictures(count):
@@ -97,20 +98,34 @@ def test_a_checkpoint_that_is_none_of_ours(run):
         TrainedClip.load(run)
 
 
-def test_the_moving_average_is_loaded_where_there_is_one(run):
+def averaged(run):
+    """Give the run's checkpoint a moving average, one weight of which is all ones."""
     path = run / "checkpoints" / "step-10.ckpt"
-    with pytest.raises(ValueError, match=r"holds no moving average: train with ema=constant"):
-        TrainedClip.load(run, weights="ema")
-    with pytest.raises(ValueError, match="weights=best: one of trained, ema"):
-        TrainedClip.load(run, weights="best")
     content = torch.load(path, weights_only=True)
     average = {"text_projection.weight": torch.ones(12, 16)}
     content["callbacks"] = {"Ema": {"step": 1, "weights": average}}
     torch.save(content, path)
-    trained, averaged = TrainedClip.load(run), TrainedClip.load(run, weights="ema")
-    assert torch.equal(averaged.model.text_projection.weight, torch.ones(12, 16))
+
+
+def test_the_moving_average_is_loaded_where_there_is_one(run):
+    with pytest.raises(ValueError, match=r"holds no moving average: train with ema=constant"):
+        TrainedClip.load(run, weights="ema")
+    with pytest.raises(ValueError, match="weights=best: one of trained, ema"):
+        TrainedClip.load(run, weights="best")
+    averaged(run)
+    trained, average = TrainedClip.load(run), TrainedClip.load(run, weights="ema")
+    assert torch.equal(average.model.text_projection.weight, torch.ones(12, 16))
     assert not torch.equal(trained.model.text_projection.weight, torch.ones(12, 16))
-    assert torch.equal(averaged.model.image.position, trained.model.image.position)
+    assert torch.equal(average.model.image.position, trained.model.image.position)
+
+
+def test_numbers_of_the_moving_average_lie_beside_the_others(run, data, read_json):
+    averaged(run)
+    words = [f"run={run}", "eval=retrieval", f"eval.retrieval.data={data}/shards"]
+    for weights in ("trained", "ema"):
+        evaluate(composed("evaluate", [*words, f"weights={weights}", "accelerator=cpu"]))
+    assert read_json(run / "eval" / "retrieval.json")["weights"] == "trained"
+    assert read_json(run / "eval" / "retrieval.ema.json")["weights"] == "ema"
 
 
 class Evil:
@@ -146,10 +161,13 @@ def test_the_command_prints_and_writes(run, tmp_path_factory):
                 tar.addfile(info, io.BytesIO(content))
     command = [sys.executable, "-m", "pipeline.evaluate", f"run={run}", "eval=emoji"]
     command += [f"eval.{task}.data={data}" for task in ("zero_shot", "retrieval")]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    (data / "srun").write_text("#!/bin/sh\n")  # a machine of a SLURM cluster, which Lightning says
+    (data / "srun").chmod(0o755)
+    path = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": f"{data}:{os.environ['PATH']}"}
+    env = os.environ | path
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "mean_per_class_recall" in done.stdout
+    assert "mean_per_class_recall" in done.stdout and "srun" not in done.stderr
     assert list(folder.iterdir()) == []
     written = json.loads((run / "eval" / "zero_shot.json").read_text())
     assert set(written["metrics"]) == {

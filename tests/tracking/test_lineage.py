@@ -3,9 +3,11 @@
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from types import SimpleNamespace
 
 import pytest
+import wandb
 
 from pipeline.tracking.lineage import WandbEvaluation, artifact_name, dataset_artifact, used
 
@@ -40,7 +42,8 @@ def test_a_dataset_its_checkpoint_and_its_evaluation_are_one_line(
     command = [sys.executable, "-m", "pipeline.evaluate", f"run={tmp_path}/n", "eval=retrieval"]
     words = [f"eval.retrieval.data={data}/shards", "track=evaluation"]
     subprocess.run([*command, *words], cwd=root, env=environment(), check=True, capture_output=True)
-    evaluation = "evaluation-n-step-00000003"
+    which = sha256(b"trained\nretrieval").hexdigest()[:8]
+    evaluation = f"evaluation-{which}-n-step-00000003"
     wait_for(lambda: evaluation in artifacts(offline, tmp_path)[1])
     found, numbers = artifacts(offline, tmp_path)
     dataset, checkpoint = dataset_artifact(data / "shards"), "checkpoint-n"
@@ -49,6 +52,35 @@ def test_a_dataset_its_checkpoint_and_its_evaluation_are_one_line(
     # the evaluation used what the training made
     assert found[evaluation] == {(checkpoint, True): found["n"][checkpoint, False]}
     assert "eval/retrieval/image_to_text_r_at_1" in numbers[evaluation]
+
+
+def test_another_evaluation_is_another_wandb_run(monkeypatch, tmp_path):
+    started = []
+
+    class Run:
+        settings = SimpleNamespace(_offline=False)
+        summary = {}  # noqa: RUF012
+        use_artifact = log_artifact = __exit__ = lambda *_, **__: None
+
+        def __init__(self, **given):
+            started.append(given)
+
+        def __enter__(self):
+            return self
+
+    monkeypatch.setattr(wandb, "init", Run)
+    checkpoint = tmp_path / "step-3.ckpt"
+    checkpoint.write_bytes(b"")
+    for tasks in (["retrieval"], ["zero_shot"], ["zero_shot", "retrieval"]):
+        for weights in ("trained", "ema"):
+            numbers = {f"eval/{task}/top1": 0.5 for task in tasks}
+            WandbEvaluation().log(tmp_path, checkpoint, numbers, weights=weights)
+    assert len({run["id"] for run in started}) == 6
+    again = {"eval/retrieval/top1": 0.5, "eval/zero_shot/top5": 0.5}  # in another order
+    WandbEvaluation().log(tmp_path, checkpoint, again, weights="ema")
+    assert started[-1]["id"] == started[-2]["id"]
+    assert started[-1]["config"]["weights"] == "ema"
+    assert started[-1]["config"]["tasks"] == ["retrieval", "zero_shot"]
 
 
 def test_online_it_is_wandbs_own_call():

@@ -96,7 +96,10 @@ def test_a_page_of_little(tmp_path):
     (tmp_path / "alerts.jsonl").write_text('{"samples_seen": 32, "title": "<b>", "text": "x"}\n')
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "torn.json").write_text('{"metr')
+    found = {"metrics": {"eval/retrieval/top1": 0.5}, "weights": "ema"}
+    (tmp_path / "eval" / "retrieval.ema.json").write_text(json.dumps(found))
     text = page(tmp_path)
+    assert "retrieval, ema weights" in text
     assert "Training" in text and "&lt;b&gt;" in text and "cannot be read" in text
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 1
 
