@@ -91,6 +91,12 @@ def test_recipes_divide_over_a_node(recipe):
     assert rates == pytest.approx(RATES.get(recipe, rates))
 
 
+def test_recipes_of_two_towers_ask_for_both():
+    for recipe in ("eva_clip_g14", "eva02_clip_b16", "eva_clip_18b"):
+        cfg = composed("train", [f"recipe={recipe}", "name=x", "data.shards=y"])
+        assert OmegaConf.missing_keys(cfg) == {"init.image", "init.text"}
+
+
 # chinese_clip_b16 trains beside a tower that stands still: it has to know something
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "chinese_clip_b16"])
 def test_recipes_start_from_other_weights_or_none(recipe):
