@@ -1,8 +1,10 @@
 """A name is one run: its directory, the config that it keeps, and what of that may change."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
@@ -74,6 +76,21 @@ def kept_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def constructor_defaults(node: Any, path: str = "") -> dict[str, Any]:
+    """{dotted key: default} of the arguments that the components of a config have of themselves."""
+    found: dict[str, Any] = {}
+    if not isinstance(node, dict):
+        return found
+    if "_target_" in node:
+        for name, argument in inspect.signature(resolve_name(node["_target_"])).parameters.items():
+            if argument.default is not argument.empty:
+                value = argument.default
+                found[f"{path}.{name}"] = list(value) if isinstance(value, tuple) else value
+    for key, value in node.items():
+        found |= constructor_defaults(value, f"{path}.{key}".lstrip("."))
+    return found
+
+
 def claim(cfg: DictConfig, directory: Path) -> None:
     """Leave the resolved config in the run directory, or compare with the one that is there.
 
@@ -82,10 +99,12 @@ def claim(cfg: DictConfig, directory: Path) -> None:
     """
     path, ours = directory / "config.yaml", resolved(cfg)
     if path.exists():
-        # A key that an older version did not know had what is now its default.
+        # A key that an older version did not know, or not write, had what is now its default.
         schema = OmegaConf.structured(OmegaConf.get_type(cfg))
         defaults = flat({k: schema[k] for k in schema if not OmegaConf.is_missing(schema, k)})
-        theirs, mine = defaults | flat(kept_config(path)), flat(ours)
+        mine = flat(ours)
+        defaults |= {k: v for k, v in constructor_defaults(ours).items() if k in mine}
+        theirs = defaults | flat(kept_config(path))
         differing = [
             f"  {key}: was {theirs.get(key)!r}, now {mine.get(key)!r}"
             for key in sorted(theirs.keys() | mine.keys())

@@ -1,9 +1,12 @@
 """A run that an older version began: what it did not write has what is now the default."""
 
+import pytest
 import torch
 from omegaconf import OmegaConf
 
+from pipeline.check import composed
 from pipeline.tracking.metrics import read_metrics
+from pipeline.trainer.identity import claim
 
 # written by later versions than the first
 KEYS_OF_CONFIG = (
@@ -32,6 +35,7 @@ def test_it_goes_on_to_the_same_weights(data, tmp_path, train):
     config = OmegaConf.load(run / "config.yaml")
     for key in KEYS_OF_CONFIG:
         del config[key]
+    del config.transform.mean, config.transform.std
     OmegaConf.save(config, run / "config.yaml")
 
     done = train(data, tmp_path, "a")
@@ -40,3 +44,16 @@ def test_it_goes_on_to_the_same_weights(data, tmp_path, train):
     again = torch.load(newest, weights_only=True)["state_dict"]
     assert again.keys() == whole.keys()
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_other_pixel_statistics_are_another_run(data, tmp_path, command):
+    """An older run's config lacks them: they were the constructor's."""
+    words = command(data, tmp_path, "a")[3:]
+    cfg = composed("train", words)
+    claim(cfg, tmp_path)
+    kept = OmegaConf.load(tmp_path / "config.yaml")
+    del kept.transform.mean, kept.transform.std
+    OmegaConf.save(kept, tmp_path / "config.yaml")
+    claim(cfg, tmp_path)
+    with pytest.raises(ValueError, match=r"transform\.std: was \[0\.268\S+, .*\], now \[0\.5, 0"):
+        claim(composed("train", [*words, "transform.std=[0.5,0.5,0.5]"]), tmp_path)
