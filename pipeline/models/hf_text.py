@@ -78,14 +78,6 @@ class HfText(nn.Module):
                 f"{path or settings.model_type}: set it to {limit} or fewer"
             )
 
-    def initialise_whole(self) -> None:
-        """Random weights: those of `path` are to be loaded after."""
-        for module in self.model.modules():
-            module._is_hf_initialized = False  # or they think that what is there is meant
-        for tensor in self.model.parameters():
-            tensor._is_hf_initialized = False
-        self.model.init_weights()
-
     def forward(self, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
         """tokens: (B, L) int64, padded with pad_id.
 

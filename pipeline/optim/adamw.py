@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from pipeline.optim.groups import Rates, moments
+from pipeline.optim.groups import Rates, moments, on_meta
 
 
 class AdamW:
@@ -34,7 +34,8 @@ class AdamW:
     def make(self, model: nn.Module) -> torch.optim.AdamW:
         """A torch optimizer; each group remembers its `base_lr` for the schedule."""
         groups = self.rates.groups(model)
-        optimizer = torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=self.fused)
+        fused = self.fused and not on_meta(groups)
+        optimizer = torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=fused)
         # Else a GradScaler leaves unscaling to the fused kernel, behind the clipping.
         optimizer._step_supports_amp_scaling = False
         return optimizer

@@ -168,6 +168,11 @@ class Rates:
                 )
 
 
+def on_meta(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether they are of a model without weights, for which torch has no fused step."""
+    return any(parameter.is_meta for group in groups for parameter in group["params"])
+
+
 def check_whole(groups: Sequence[Mapping[str, Any]], what: str) -> None:
     """Raise ValueError if a strategy has replaced matrices by flat pieces of them.
 

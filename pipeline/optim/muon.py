@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.optim.groups import Rates, block_of, check_whole, moments, shape_of
+from pipeline.optim.groups import Rates, block_of, check_whole, moments, on_meta, shape_of
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -76,7 +76,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.inner: dict[str, torch.optim.Optimizer] = {}
         for kind, make, options in (
             ("muon", torch.optim.Muon, muon),
-            ("adamw", torch.optim.AdamW, {"fused": True, **adamw}),
+            ("adamw", torch.optim.AdamW, {"fused": not on_meta(groups), **adamw}),
         ):
             own = [group for group in self.param_groups if group["kind"] == kind]
             if own:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
@@ -103,6 +103,8 @@ class ContrastiveModule(pl.LightningModule):
     before hands over the optimizer's state by parameter names, or, with optimizer_state="reset",
     none.
     max_skipped_steps: in a row, for want of a finite gradient; one more ends the run.
+    first_weights: gives what a model that was built without weights starts from; None: a checkpoint
+    does.
     compile_towers: torch.compile for each transformer block; costs a minute at the start.
     """
 
@@ -124,6 +126,7 @@ class ContrastiveModule(pl.LightningModule):
         optimizer_state: str = "keep",
         max_skipped_steps: int = 10,
         compile_towers: bool = False,
+        first_weights: Callable[[], nn.Module] | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -138,7 +141,7 @@ class ContrastiveModule(pl.LightningModule):
         self.seed = seed
         self.scalars, self.formula = scalars(model, objective), formula(objective)
         self.skipped = SkippedSteps(limit=max_skipped_steps)
-        self.compile_towers = compile_towers
+        self.compile_towers, self.first_weights = compile_towers, first_weights
         self.last_logged: dict[str, float] = {}
         self.bad_records = 0
         self.waited = self.worked = 0.0

@@ -5,6 +5,7 @@ trainer.
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from pipeline.config import build
 from pipeline.losses.objective import Objective
 from pipeline.models.freeze import freeze
+from pipeline.models.without_weights import without_weights
 from pipeline.optim.groups import describe
 from pipeline.phases import Phase, phases
 from pipeline.shards import write_atomically
@@ -38,19 +41,33 @@ from pipeline.trainer.module import ContrastiveModule
 from pipeline.trainer.options import refuse_wrong_options
 from pipeline.trainer.rehearsal import rehearse
 from pipeline.trainer.strategies.adapter import refuse_wrong_trainer
+from pipeline.trainer.strategies.fsdp import FullyShardedStrategy
 
 log = logging.getLogger(__name__)
 
 
-def make_module(phase: Phase, *, fresh: bool) -> ContrastiveModule:
-    """The model, objective and optimizer of a phase. Weights are a function of `seed`, and, where a
-    fresh run has an `init`, of what that reads.
-    """
-    cfg = phase.config
+def first_model(cfg: DictConfig, *, fresh: bool) -> nn.Module:
+    """Weights are a function of `seed`, and, where a fresh run has an `init`, of what it reads."""
     pl.seed_everything(cfg.seed, verbose=False)
     model = build(cfg.model)
     if fresh and cfg.init:
         log.info("init: %s", build(cfg.init).apply(model))
+    return model
+
+
+def make_module(phase: Phase, *, fresh: bool, in_pieces: bool = False) -> ContrastiveModule:
+    """The model, objective and optimizer of a phase.
+
+    in_pieces: the strategy fills a model without weights, so that no process but one ever holds it
+    whole, and none where a checkpoint is loaded (fresh=False).
+    """
+    cfg = phase.config
+    if in_pieces:
+        pl.seed_everything(cfg.seed, verbose=False)
+        with without_weights():
+            model = build(cfg.model)
+    else:
+        model = first_model(cfg, fresh=fresh)
     freeze(model, cfg.frozen)
     transform = build(cfg.transform)
     image_tokens = build(cfg.image_tokens) if cfg.image_tokens else None
@@ -70,6 +87,7 @@ def make_module(phase: Phase, *, fresh: bool) -> ContrastiveModule:
         optimizer_state=cfg.optimizer_state,
         max_skipped_steps=cfg.max_skipped_steps,
         compile_towers=cfg.compile_towers,
+        first_weights=partial(first_model, cfg, fresh=True) if in_pieces and fresh else None,
     )
 
 
@@ -188,10 +206,9 @@ def groups_text(groups: Sequence[Mapping[str, Any]]) -> str:
 def train_phase(phase: Phase, directory: Path, logger: list[Logger], newest: Path | None) -> None:
     """Train one phase to its end, from a checkpoint of it or of the phase before."""
     cfg = phase.config
-    module, trainer = (
-        make_module(phase, fresh=newest is None),
-        make_trainer(phase, directory, logger),
-    )
+    trainer = make_trainer(phase, directory, logger)
+    in_pieces = isinstance(trainer.strategy, FullyShardedStrategy)
+    module = make_module(phase, fresh=newest is None, in_pieces=in_pieces)
     data = build(cfg.data).for_run(
         transform=module.transform, tokenizer=build(cfg.tokenizer), phase=phase, seed=cfg.seed
     )

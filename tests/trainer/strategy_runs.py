@@ -19,6 +19,7 @@ from pipeline.phases import phases
 from pipeline.trainer.checkpoints import find_newest
 from pipeline.trainer.identity import claim, run_directory
 from pipeline.trainer.run import loggers, make_module, make_trainer, train
+from pipeline.trainer.strategies.fsdp import FullyShardedStrategy
 
 WORDS = {
     "ddp": ["trainer=ddp"],
@@ -99,8 +100,9 @@ def run(cfg: Any, *callbacks: pl.Callback) -> None:
     claim(cfg, directory)
     newest = find_newest(directory / "checkpoints")
     (phase,) = phases(cfg)
-    module = make_module(phase, fresh=newest is None)
     trainer = make_trainer(phase, directory, loggers(cfg))
+    in_pieces = isinstance(trainer.strategy, FullyShardedStrategy)
+    module = make_module(phase, fresh=newest is None, in_pieces=in_pieces)
     trainer.callbacks.extend(callbacks)
     data = build(cfg.data).for_run(
         transform=module.transform, tokenizer=build(cfg.tokenizer), phase=phase, seed=cfg.seed
@@ -167,6 +169,23 @@ def in_half_precision(index: int, port: str, data: Path, runs: Path) -> None:
         run(config_of(data, runs, f"half_{name}_whole", 6, [*words, "micro_batch_size=null"]))
         for callbacks in ([StopAt(LEG)], []):
             run(config_of(data, runs, f"half_{name}_resumed", 6, words), *callbacks)
+
+
+def kept_in_checkpoints(index: int, port: str, data: Path, runs: Path) -> None:
+    """Runs of one process: a frozen tower, a loss scale, a phase without the moments of before."""
+    launched(index, port)
+    one = ["trainer.devices=1"]
+    for name in ("deepspeed_2", "deepspeed_3"):
+        words = [*WORDS[name], *one, "trainer.precision=bf16-mixed", "frozen=[image.*]"]
+        for end in (LEG, 2 * LEG):
+            run(config_of(data, runs, f"frozen_{name}", 2 * LEG, words), StopAt(end))
+        words = [*WORDS[name], *one, "trainer.precision=16-mixed"]
+        run(config_of(data, runs, f"float16_{name}", 6, words))
+        for end in (4, 6):
+            run(config_of(data, runs, f"float16_{name}_resumed", 6, words), StopAt(end))
+    for name in ("fsdp", "deepspeed_2"):
+        words = [*WORDS[name], *one, *PHASES, "+phases.large.optimizer_state=reset"]
+        train(config_of(data, runs, f"reset_{name}", 4, words))
 
 
 PHASES = [

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -101,6 +102,38 @@ class FullyShardedStrategy(ModelParallelStrategy):
             self._shapes = widen_scalars(module)
             mesh = self.device_mesh["data_parallel"]
             shard(module, module.model, mesh, gather_bfloat16=self.gather_bfloat16)
+            if any(parameter.is_meta for parameter in module.model.parameters()):
+                self._fill(module)
+
+    @torch.no_grad()
+    def _fill(self, module: pl.LightningModule) -> None:
+        """Give a model that was built without weights its first ones, from rank 0, which alone
+        makes them whole; or none, where a checkpoint is to be loaded.
+        """
+        model = module.model
+        tables = {name: table.clone() for name, table in model.named_buffers()}
+        model.to_empty(device=self.root_device)
+        for name, table in tables.items():
+            model.get_buffer(name).copy_(table)
+        if module.first_weights is None:
+            return
+        whole, problem = {}, None
+        if self.is_global_zero:
+            try:
+                whole = module.first_weights().state_dict()
+            except ValueError as error:
+                problem = str(error)
+        problem = self.broadcast(problem)
+        if problem is not None:  # the others would wait for ever
+            raise ValueError(problem)
+        for name, held in model.state_dict().items():
+            value = whole[name] if self.is_global_zero else torch.empty(held.shape)
+            value = value.reshape(held.shape).to(held.device)
+            if isinstance(held, DTensor):
+                held.copy_(distribute_tensor(value, held.device_mesh, held.placements))
+            else:
+                dist.broadcast(value, 0)
+                held.copy_(value)
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -152,7 +185,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
             held[name].copy_(self._piece(held[name], whole[name]))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, content in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        saved = checkpoint["optimizer_states"]  # none after optimizer_state=reset
+        for optimizer, content in zip(self.optimizers, saved, strict=bool(saved)):
             optimizer = _inner(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             states = {
