@@ -24,8 +24,9 @@ class HfTokenizer:
         the same one.
     Raises ValueError for a path without the file, and a file that names no padding where pad_id is
     null.
-    Its end of text is not the largest id, on which text_tokens rely: they need BpeTokenizer.
     """
+
+    ends_with_largest_id = False  # where text_tokens find the end of a caption
 
     def __init__(self, *, path: str, context_length: int, pad_id: int | None = None) -> None:
         file = Path(path)

@@ -70,6 +70,8 @@ class BpeTokenizer:
     Raises ValueError if the directory is none, or its last two ids are not SOT and EOT.
     """
 
+    ends_with_largest_id = True  # where text_tokens find the end of a caption
+
     def __init__(self, *, path: str = "clip", context_length: int) -> None:
         if context_length < 3:
             raise ValueError(f"context_length {context_length} leaves no room between SOT and EOT")
