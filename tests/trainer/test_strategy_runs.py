@@ -9,7 +9,9 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from pipeline.evals.trained import TrainedClip, read_checkpoint
+from pipeline.phases import phases
 from pipeline.tracking.metrics import read_metrics
+from pipeline.trainer.run import make_module
 from tests.trainer import strategy_runs as runs
 
 FAST = ["ddp", "fsdp", "deepspeed_1", "deepspeed_3", "ddp"]
@@ -140,6 +142,56 @@ def test_half_precision_trains_as_float32_does(name, half):
     start = checkpoint(half, f"half_{name}", 2)["state_dict"]
     moved = [key for key in weights if not torch.equal(weights[key], start[key])]
     assert len(moved) == len(weights)  # no parameter without a gradient
+
+
+@pytest.fixture(scope="module")
+def kept(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept")
+    mp.spawn(runs.kept_in_checkpoints, args=(runs.free_port(), data, folder), nprocs=1)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepspeed_2", "deepspeed_3"])
+def test_a_frozen_tower_is_not_rounded_by_bfloat16(name, kept, data):
+    """As the seed drew it, before and after a checkpoint was read."""
+    cfg = runs.config_of(data, kept, "start", 4, ["trainer.devices=1"])
+    start = make_module(phases(cfg)[0], fresh=True).state_dict()
+    image = [key for key in start if key.startswith("model.image.")]
+    assert any(not torch.equal(start[key], start[key].bfloat16().float()) for key in image)
+    for step in (2, 4):
+        saved = checkpoint(kept, f"frozen_{name}", step)["state_dict"]
+        assert all(torch.equal(saved[key], start[key]) for key in image)
+        text = "model.text.token_embed.weight"
+        assert not torch.equal(saved[text], start[text])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepspeed_2", "deepspeed_3"])
+def test_the_loss_scale_of_zero_goes_on(name, kept):
+    """It begins at 65536 with steps that are skipped, which a resumed run does not repeat."""
+    whole, resumed = (
+        [(row["train/loss"], row["train/skipped_steps"]) for row in read_metrics(kept / run)]
+        for run in (f"float16_{name}", f"float16_{name}_resumed")
+    )
+    assert whole == resumed and whole[-1][1] > 0
+    ours, theirs = (
+        checkpoint(kept, run, 6) for run in (f"float16_{name}", f"float16_{name}_resumed")
+    )
+    assert ours["zero_loss_scale"] == theirs["zero_loss_scale"]
+    assert ours["zero_loss_scale"]["last_overflow_iter"] >= 0
+    assert all(
+        torch.equal(ours["state_dict"][key], tensor) for key, tensor in theirs["state_dict"].items()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed_2"])
+def test_a_phase_may_leave_the_moments_behind(name, kept):
+    rows = read_metrics(kept / f"reset_{name}")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    (content,) = checkpoint(kept, f"reset_{name}", 4)["optimizer_states"]
+    assert {int(state["step"]) for state in content["state"].values()} == {2}
 
 
 PHASED = ["ddp", "fsdp", "deepspeed_1", "deepspeed_3"]

@@ -21,8 +21,11 @@ from pipeline.trainer.strategies.single import Reduce, SingleProcess, check_redu
 from pipeline.trainer.strategies.zero_parts import Pieces
 from pipeline.trainer.strategies.zero_state import (
     gathered,
+    kept_frozen,
     load_optimizer,
     load_weights,
+    loss_scale,
+    set_loss_scale,
     set_value,
     value_of,
     whole_optimizer,
@@ -134,6 +137,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.stage, self.reduce_gradients, self.on_cpu = stage, reduce_gradients, on_cpu
         self._names: list[list[str]] = []
         self._shapes: dict[str, torch.Size] = {}
+        self._frozen: dict[str, Tensor] = {}
 
     def prepare(self, module: pl.LightningModule) -> None:
         """Called by the module's configure_model. Does nothing a second time."""
@@ -183,6 +187,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         if self.stage > 0:
             refuse_whole_parameter_rules(optimizer)
         self._names = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+        if self.precision_plugin.precision != "32-true":
+            self._frozen = kept_frozen(model)
         engine, optimizer, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank),
             config=self.config,
@@ -207,11 +213,15 @@ class ZeroStrategy(DeepSpeedStrategy):
             return self.lightning_module.training_step(*args, **kwargs)
 
     @property
+    def _scales_loss(self) -> bool:
+        return self.precision_plugin.precision == "16-mixed"
+
+    @property
     def lightning_restore_optimizer(self) -> bool:
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        whole = whole_weights(self.lightning_module, self._shapes)
+        whole = whole_weights(self.lightning_module, self._shapes, self._frozen)
         return whole if self.is_global_zero else {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -221,6 +231,8 @@ class ZeroStrategy(DeepSpeedStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
+        if self._scales_loss:
+            checkpoint["zero_loss_scale"] = loss_scale(self.model)
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -229,11 +241,14 @@ class ZeroStrategy(DeepSpeedStrategy):
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        load_weights(self.lightning_module, checkpoint["state_dict"], strict=strict)
+        weights = checkpoint["state_dict"]
+        load_weights(self.lightning_module, weights, self._frozen, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        (content,) = checkpoint["optimizer_states"]
-        load_optimizer(self.model, self._names, content)
+        for content in checkpoint["optimizer_states"]:  # one; none after optimizer_state=reset
+            load_optimizer(self.model, self._names, content)
+        if self._scales_loss:
+            set_loss_scale(self.model, checkpoint.get("zero_loss_scale", {}))
 
 
 def register_loss_parameters(module: nn.Module) -> None:

@@ -21,6 +21,8 @@ from pipeline.trainer.checkpoints import check_names, has_shape
 
 log = logging.getLogger(__name__)
 
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # deepspeed's words
+
 
 def gathered(
     parameters: Sequence[nn.Parameter], *, writer: int | None = None
@@ -52,30 +54,64 @@ def set_value(parameter: nn.Parameter, value: Tensor) -> None:
     _write(parameter, value, None)
 
 
-def whole_weights(module: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """module.state_dict() as one process would give it, on rank 0's CPU. shapes: of its
-    parameters.
+def kept_frozen(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters that do not learn, by name, before an engine rounds them, which keeps a master of
+    none: on rank 0's CPU.
     """
-    parameters = dict(module.named_parameters())
     return {
-        name: _on_rank_0(value_of(parameters[name]), shapes[name])
-        if name in parameters
-        else tensor.detach().cpu().clone()
-        for name, tensor in module.state_dict().items()
+        name: _on_rank_0(parameter.detach(), parameter.shape)
+        for name, parameter in module.named_parameters()
+        if not parameter.requires_grad
     }
 
 
+def whole_weights(
+    module: nn.Module, shapes: Mapping[str, torch.Size], frozen: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """module.state_dict() as one process would give it, on rank 0's CPU. shapes: of its
+    parameters.  frozen: see `kept_frozen`.
+    """
+    parameters = dict(module.named_parameters())
+
+    def whole(name: str, tensor: Tensor) -> Tensor:
+        if name in frozen:
+            return frozen[name].reshape(shapes[name]) if rank() == 0 else frozen[name]
+        if name in parameters:
+            return _on_rank_0(value_of(parameters[name]), shapes[name])
+        return tensor.detach().cpu().clone()
+
+    return {name: whole(name, tensor) for name, tensor in module.state_dict().items()}
+
+
 @torch.no_grad()
-def load_weights(module: nn.Module, whole: Mapping[str, Tensor], *, strict: bool) -> None:
-    """Raises ValueError for missing or unknown names if strict."""
+def load_weights(
+    module: nn.Module, whole: Mapping[str, Tensor], frozen: dict[str, Tensor], *, strict: bool
+) -> None:
+    """Into the parameters, their masters, and `frozen`. Raises ValueError for missing or unknown
+    names if strict.
+    """
     held, parameters = module.state_dict(), dict(module.named_parameters())
     if strict:
         check_names(held, whole)
     for name in [name for name in held if name in whole]:
+        if name in frozen:
+            frozen[name] = _on_rank_0(whole[name], whole[name].shape)
         if name in parameters:
             set_value(parameters[name], whole[name].to(parameters[name].device))
         else:
             held[name].copy_(whole[name])
+
+
+def loss_scale(engine: Any) -> dict[str, float]:
+    """Where float16's loss scale stands."""
+    scaler = engine.optimizer.loss_scaler
+    return {key: getattr(scaler, key) for key in LOSS_SCALE if hasattr(scaler, key)}
+
+
+def set_loss_scale(engine: Any, state: Mapping[str, float]) -> None:
+    """Go on from `loss_scale`."""
+    for key, value in state.items():
+        setattr(engine.optimizer.loss_scaler, key, value)
 
 
 def whole_optimizer(
