@@ -24,9 +24,16 @@ class SkippedSteps:
         self.in_a_row = 0 if applied else self.in_a_row + 1
         self.total += not applied
         if self.in_a_row > self.limit:
+            good = last_good()
             raise ValueError(
                 f"the loss or its gradient was not finite in {self.in_a_row} steps in a row (now "
                 f"at {samples_seen} pairs), max_skipped_steps={self.limit}. The last good "
-                f"checkpoint is {last_good() or 'none, the run has not reached its first'}: go on "
-                "from it with a lower optimizer.lr or with gradient_clip_norm=1"
+                f"checkpoint is {good or 'none, the run has not reached its first'}: begin a new "
+                "run with name=NEW and gradient_clip_norm=1 or a lower optimizer.lr"
+                + (
+                    f", from these weights with init=weights init.model={good} (moments, schedule "
+                    "and order of the data begin anew)"
+                    if good
+                    else ""
+                )
             )

@@ -1,6 +1,7 @@
 """What would be silently wrong is refused, and a run whose gradients stay broken ends."""
 
 import random
+import re
 
 import lightning.pytorch as pl
 import numpy as np
@@ -10,6 +11,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from pipeline.config import build
+from pipeline.formats.initial import InitialWeights
+from pipeline.tracking.metrics import read_metrics
 from pipeline.trainer.random_state import RandomState
 from pipeline.trainer.skipped_steps import SkippedSteps
 from pipeline.trainer.strategies.adapter import refuse_wrong_model, refuse_wrong_trainer
@@ -113,6 +116,16 @@ def test_a_run_ends_when_gradients_stay_broken(data, tmp_path):
     assert str(last_good) in str(caught.value) and "at 192 pairs" in str(caught.value)
     weights = torch.load(last_good, weights_only=True)["state_dict"].values()
     assert all(tensor.isfinite().all() for tensor in weights)
+
+    cure = re.search(r"init=weights (init.model=\S+)", str(caught.value))[1]
+    path = cure.partition("=")[2]
+    init = f"init={{_target_: {InitialWeights.__module__}.InitialWeights, model: {path}}}"
+    words = ["trainer.devices=1", "gradient_clip_norm=1", init]  # debug=tiny has no group of it
+    runs.run(runs.config_of(data, tmp_path, "cured", 3, words))
+    first = read_metrics(tmp_path / "cured")[0]
+    after = next(row for row in read_metrics(tmp_path / "broken") if row["step"] == 4)
+    assert first["train/logit_scale"] == pytest.approx(after["train/logit_scale"], rel=1e-2)
+    assert first["train/skipped_steps"] == 0
 
 
 def test_steps_in_a_row_count():
