@@ -50,7 +50,12 @@ class WandbDataset:
             run.log({"curation/steps": table})
             # As a training run names it (pipeline/tracking/lineage.py): the manifest alone.
             dataset = wandb.Artifact(
-                re.sub(r"[^\w.-]", "-", f"dataset-{out.resolve().name}", flags=re.ASCII)[:128],
+                re.sub(
+                    r"[^\w.-]",
+                    "-",
+                    f"dataset-{manifest['pool']}-{out.resolve().name}",
+                    flags=re.ASCII,
+                )[:128],
                 type="dataset",
                 metadata={
                     "selection": manifest["selection"],

@@ -13,6 +13,8 @@ from typing import Any
 
 import wandb
 
+from pipeline.shards import read_manifest
+
 
 def artifact_name(kind: str, name: str) -> str:
     """W&B allows letters, digits, dashes, underscores and dots, 128 of them."""
@@ -20,8 +22,12 @@ def artifact_name(kind: str, name: str) -> str:
 
 
 def dataset_artifact(directory: Path) -> wandb.Artifact:
-    """A directory of shards. Its content is manifest.json alone, which has each shard's sha256."""
-    artifact = wandb.Artifact(artifact_name("dataset", directory.resolve().name), type="dataset")
+    """A directory of shards, by its pool's name and its own. Its content is manifest.json alone,
+    which has each shard's sha256.
+    """
+    pool = read_manifest(directory).get("pool")
+    name = "-".join(part for part in (pool, directory.resolve().name) if part)
+    artifact = wandb.Artifact(artifact_name("dataset", name), type="dataset")
     artifact.add_file(str(directory / "manifest.json"))
     return artifact
 
@@ -38,8 +44,10 @@ def checkpoint_artifact(run: str, path: Path, metadata: Mapping[str, Any]) -> wa
 def used(run: wandb.Run, artifact: wandb.Artifact) -> None:
     """Say that the run reads what the artifact is.
 
-    W&B's own `use_artifact` refuses offline runs, though what it does of a new artifact, to log it
-    as used, is written and synced like anything else.
+    W&B's own `use_artifact` refuses offline runs ("Cannot use artifact when in offline mode."),
+    though what it does of a new artifact, to log it as used, is written and synced like anything
+    else. Hence two names that are W&B's own (as of 0.31); delete the first branch when it takes
+    a new artifact offline.
     """
     if run.settings._offline:
         run._log_artifact(artifact, is_user_created=True, use_after_commit=True)

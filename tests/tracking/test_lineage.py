@@ -1,5 +1,6 @@
 """Dataset -> checkpoint -> evaluation in W&B, read back from the files of offline runs."""
 
+import json
 import subprocess
 import sys
 import time
@@ -88,6 +89,16 @@ def test_online_it_is_wandbs_own_call():
     run = SimpleNamespace(settings=SimpleNamespace(_offline=False), use_artifact=calls.append)
     used(run, "artifact")
     assert calls == ["artifact"]
+
+
+def test_a_dataset_is_called_after_its_pool_and_its_folder(data, tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    manifest = json.loads((data / "shards" / "manifest.json").read_text())
+    for pool in ("pictures", "my scans"):
+        (shards / "manifest.json").write_text(json.dumps(manifest | {"pool": pool}))
+        assert dataset_artifact(shards).name == f"dataset-{pool.replace(' ', '-')}-shards"
+    assert dataset_artifact(data / "shards").name == "dataset-shards"  # a manifest without a pool
 
 
 def test_names_are_those_that_wandb_takes():

@@ -1,5 +1,8 @@
 """Pictures of a run while it goes on, which change nothing of it."""
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -39,6 +42,19 @@ def test_the_run_is_the_same_and_its_pictures_are_on_its_page(data, tmp_path, tr
         assert min(Image.open(path).size) > 100
     shown = page(tmp_path / "shown")
     assert "retrieval, after 384 pairs" in shown and "after 320 pairs" not in shown
+
+
+def test_a_letter_that_the_font_lacks_warns_nobody(tmp_path, monkeypatch):
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    sheet = retrieval_sheet(images, ["火", "ไฟ"], torch.eye(2))
+    monkeypatch.setattr(Pictures, "due", lambda *_: True)
+    monkeypatch.setattr(Pictures, "_sheets", lambda *_: {"retrieval": sheet})
+    module = SimpleNamespace(phase=SimpleNamespace(samples_at=lambda step: step))
+    trainer = SimpleNamespace(global_step=1, default_root_dir=tmp_path, loggers=[])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Pictures(every_samples=1).on_train_batch_end(trainer, module, None, None, 0)
+    assert (tmp_path / "media" / "000000000001-retrieval.png").is_file()
 
 
 def test_patches_that_are_not_seen_are_pale():

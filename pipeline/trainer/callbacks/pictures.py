@@ -1,6 +1,7 @@
 """Pictures of a step's batch while a run goes on: for the run's page and for W&B."""
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ class Pictures(Periodic):
     runs/N/media/SAMPLES-WHAT.png: `retrieval` (captions nearest to images), `nearest-negatives`
     (what the loss pushes apart, the likeliest false negatives first), `kept-patches` (where image
     tokens are dropped). Embedded without dropping, in evaluation mode, by rank 0 alone; the run
-    stays the same to the bit. For one process and DDP.
+    stays the same to the bit. For one process and DDP. A letter that matplotlib's font lacks is a
+    box in its caption, without a warning.
     Price: a forward of `pairs`, and two seconds of drawing, each time.
     """
 
@@ -70,7 +72,8 @@ class Pictures(Periodic):
         for name, sheet in sheets.items():
             path = folder / f"{seen:012d}-{name}.png"
             try:
-                with whole_file(path) as file:
+                with whole_file(path) as file, warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Glyph .* missing from font")
                     sheet.savefig(file, format="png", dpi=80)
             except (OSError, ValueError) as error:  # a full disk: no reason to end
                 log.warning("%s is not written: %s", path, error)
