@@ -2,15 +2,39 @@
 checkpoint.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 
 from pipeline.data.images import ImageTransform
-from pipeline.data.stream import CaptionSampler, ShardStream
+from pipeline.data.stream import Batch, CaptionSampler, ShardStream
 from pipeline.phases import Phase
+
+
+class UnendingBatches:
+    """A stream as Lightning counts it: in batches, of which a run never sees the last.
+
+    A stream's own length is in pairs. Where Lightning meets an end it begins anew, which throws the
+    loader's workers away and what they have read ahead. With no length at all it would hold a batch
+    back, and the stream's state would be one batch ahead of the step.
+    """
+
+    def __init__(self, stream: ShardStream, *, steps: int):
+        self.stream, self.steps = stream, steps
+
+    def __len__(self) -> int:
+        return self.steps + 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.stream)
+
+    def state_dict(self) -> dict[str, int]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.stream.load_state_dict(state)
 
 
 class ShardData(pl.LightningDataModule):
@@ -73,13 +97,13 @@ class ShardData(pl.LightningDataModule):
         self.stream = ShardStream(rank=rank, world_size=world_size, **self.knobs, **self.run)
         return self.stream
 
-    def train_dataloader(self) -> ShardStream:
+    def train_dataloader(self) -> UnendingBatches:
         stream = self.open(rank=self.trainer.global_rank, world_size=self.trainer.world_size)
         if self.state is not None:
             stream.load_state_dict(self.state)
         # The loader reads ahead of the optimizer, so the position is counted in finished steps.
         stream.position = self.phase.samples_at(self.trainer.global_step)
-        return stream
+        return UnendingBatches(stream, steps=self.phase.end_step)
 
     def state_dict(self) -> dict[str, Any]:
         done = self.phase.samples_at(self.trainer.global_step)
@@ -107,11 +131,12 @@ class ShardData(pl.LightningDataModule):
                 f"{len(self.stream)}: its order would be another; give those shards back, or the "
                 "run another name"
             )
-        if self.stream is not None and state.get("shards", found := self.stream.fingerprint()) != (
-            found
-        ):
-            raise ValueError(
-                f"the checkpoint's data were as many pairs in other shards ({state['shards']}; "
-                f"data.shards has {found}): give those shards back, or the run another name"
-            )
+        if self.stream is not None and "shards" in state:
+            found = self.stream.fingerprint()
+            # an older version knew no digests of foreign tars
+            if state["shards"] not in (found, self.stream.fingerprint(digests=False)):
+                raise ValueError(
+                    f"the checkpoint's data were as many pairs in other shards ({state['shards']}; "
+                    f"data.shards has {found}): give those shards back, or the run another name"
+                )
         self.state = state
