@@ -7,11 +7,11 @@ Works on a laptop for any cluster: `world_size=N` is the number of processes to 
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -21,6 +21,8 @@ from pipeline.phases import phases
 from pipeline.trainer.options import option_problems
 
 MFU = 0.4  # share of the peak that a run is assumed to reach
+# a size that is still to be given; what cannot be made without its files, or without numbers
+UNCOUNTED = (OmegaConfBaseException, InstantiationException)
 
 USAGE = """usage: clip-check recipe=R [key=value ...] [world_size=N] [mfu=0.4]
                                                       and what each phase costs: GPU-hours, memory
@@ -70,7 +72,7 @@ def verdict(name: str, overrides: list[str], world_size: int | None) -> Verdict:
     cfg = None
     try:
         cfg = composed(name, overrides)
-        found = run_problems(cfg, world_size or processes(cfg))
+        found = run_problems(cfg, world_size or processes(cfg), overrides)
         found += option_problems(cfg) if all(MISSING_WORD in line for line in found) else []
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         return Verdict(cfg, str(error), [])
@@ -80,9 +82,23 @@ def verdict(name: str, overrides: list[str], world_size: int | None) -> Verdict:
     return Verdict(cfg, listed(wrong) if wrong else "", paths)
 
 
+def rehearsed(found: Verdict) -> Verdict:
+    """The same, with what a training run's phases say when they are built on shapes alone."""
+    # torch and the towers: seconds that --all saves
+    from pipeline.trainer.rehearsal import rehearse_shapes
+
+    try:
+        rehearse_shapes(phases(found.cfg))
+    except UNCOUNTED:
+        return found
+    except ValueError as error:
+        return replace(found, problems=listed([str(error)]))
+    return found
+
+
 def print_costs(cfg: DictConfig, world_size: int, mfu: float) -> None:
     """Tables of what a training run costs; a line that says why where it cannot be counted."""
-    from pipeline.cost.phase import phase_cost  # torch and the towers: seconds that --all saves
+    from pipeline.cost.phase import phase_cost
     from pipeline.cost.table import cost_tables
 
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -90,7 +106,7 @@ def print_costs(cfg: DictConfig, world_size: int, mfu: float) -> None:
         console.print(f"  {key}: {text}", highlight=False, soft_wrap=True)
     try:
         costs = [phase_cost(phase, world_size) for phase in phases(cfg)]
-    except OmegaConfBaseException as error:  # a size that is still to be given
+    except (*UNCOUNTED, ValueError) as error:
         console.print(f"  no costs: {str(error).splitlines()[0]}", highlight=False)
         return
     console.print(cost_tables(costs, mfu))
@@ -129,6 +145,8 @@ def main(arguments: list[str] | None = None) -> None:
     failed = 0
     for command, overrides in everything() if everywhere else [(name, given)]:
         found = verdict(command, overrides, world_size)
+        if command == "train" and not everywhere and not found.problems:
+            found = rehearsed(found)
         failed += bool(found.problems)
         print(f"{'FAIL' if found.problems else 'ok  '} {command} {' '.join(overrides)}")
         if found.problems:

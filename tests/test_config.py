@@ -88,6 +88,26 @@ def test_clip_check_judges_without_building(capsys):
     assert done.value.code == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["image_tokens.keep=1.5"], "image_tokens: keep 1.5 is outside"),
+        (["+optimizer.towers.visual.lr=1e-4"], "towers.visual: no parameter is in it"),
+        (["optimizer=adafactor", "trainer=fsdp"], "use trainer=ddp"),
+        (["samples_seen=9", "+phases.a.samples_seen=256000"], "set phases.a.samples_seen=..."),
+        (
+            ["+phases.a.samples_seen=256000", "+phases.a.frozen=[visual.*]"],
+            "phase a: frozen: no parameter is called 'visual.*'",
+        ),
+    ],
+)
+def test_clip_check_finds_what_only_shapes_show(words, says, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([*GOOD, "data.shards=???", *words])
+    printed = capsys.readouterr().out
+    assert done.value.code == 2 and printed.startswith("FAIL") and says in printed
+
+
 @pytest.mark.parametrize("arguments", [[], ["world_size=x", *GOOD]])
 def test_clip_check_says_how_it_is_used(arguments, capsys):
     with pytest.raises(SystemExit) as done:

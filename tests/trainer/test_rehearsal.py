@@ -1,4 +1,4 @@
-"""A mistake in the last phase is found before the first is trained, and before the name is taken."""
+"""A mistake in the last phase is found before the first is trained and the name is taken."""
 
 from pathlib import Path
 
