@@ -12,7 +12,8 @@ def carried_state(saved: dict[str, Any], fresh: torch.optim.Optimizer) -> dict[s
     """A state dict for `fresh`, with what `saved` holds under the same parameter names.
 
     Hyper-parameters are those of `fresh`. A parameter that is new in it (it was frozen), or has
-    another shape (a resized position table), starts without moments.
+    another shape (a resized position table), starts without moments. Its shape is what all tensors
+    of its state together have: Adafactor keeps rows and columns apart.
     Both need `names` in their groups (`pipeline.optim.groups`).
     """
     known = {
@@ -27,14 +28,19 @@ def carried_state(saved: dict[str, Any], fresh: torch.optim.Optimizer) -> dict[s
             group["names"], group["params"], live["params"], strict=True
         ):
             state = known.get(name)
-            if state is not None and all(
-                value.shape in (parameter.shape, torch.Size())
-                for value in state.values()
-                if isinstance(value, torch.Tensor)
-            ):
+            if state is not None and _shape_of(state) in (parameter.shape, torch.Size()):
                 result["state"][index] = state
             else:
                 new.append(name)
     if new:
         log.info("%d parameters start without optimizer state: %s", len(new), ", ".join(new[:5]))
     return result
+
+
+def _shape_of(state: dict[str, Any]) -> torch.Size | None:
+    """Of the parameter that a state belongs to; None for tensors that make up no shape."""
+    tensors = (value for value in state.values() if isinstance(value, torch.Tensor))
+    try:
+        return torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    except RuntimeError:
+        return None
