@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import ChineseCLIPConfig, ChineseCLIPModel, CLIPConfig, CLIPModel
 
 from pipeline.formats.checkpoint_file import load_weights
-from pipeline.formats.declared import differences
+from pipeline.formats.declared import CLIPS_PIXELS, differences, pixel_statistics
 from pipeline.formats.initial import InitialWeights
 from pipeline.formats.names import OPEN_CLIP
 from pipeline.models.clip import CLIP
@@ -126,6 +127,37 @@ def as_open_clip(model, folder, *, image=(), text=()):
     }
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
     return str(folder)
+
+
+HALF, CLIPS = [0.5, 0.5, 0.5], CLIPS_PIXELS["mean"]
+
+
+def test_pixels_are_normalised_as_those_of_the_weights_were(tmp_path):
+    path = as_open_clip(ours(seed=3), tmp_path / "x")
+    words = {"mean": CLIPS, "std": CLIPS_PIXELS["std"]}
+    assert InitialWeights(model=path, **words).apply(ours()).differs == []  # nothing says another
+    config = tmp_path / "x" / "open_clip_config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"preprocess_cfg": {"mean": HALF, "std": HALF}}))
+    with pytest.raises(ValueError, match=r"2 things do not fit[^$]*transform\.mean was \[0\.5, 0"):
+        InitialWeights(model=path, **words).apply(ours())
+    InitialWeights(model=path, mean=HALF, std=HALF).apply(ours())
+    InitialWeights(text=path, **words).apply(ours())
+    may = {"may_differ": ["transform"]}
+    assert len(InitialWeights(model=path, **words, **may).apply(ours()).differs) == 2
+
+
+def test_pixel_statistics_of_transformers_and_of_runs(tmp_path):
+    assert pixel_statistics(tmp_path) == {}
+    (tmp_path / "checkpoints").mkdir()
+    run = {"model": {}, "tokenizer": {}, "transform": {"image_size": 8}}
+    OmegaConf.save(run, tmp_path / "config.yaml")
+    assert pixel_statistics(tmp_path / "checkpoints" / "a.ckpt") == CLIPS_PIXELS
+    run["transform"]["std"] = HALF
+    OmegaConf.save(run, tmp_path / "config.yaml")
+    assert pixel_statistics(tmp_path) == {"mean": CLIPS, "std": HALF}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": HALF}))
+    assert pixel_statistics(tmp_path) == {"mean": HALF}
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,10 @@ TRANSFORMERS = {
     "chinese_clip": _pooled(CLIPS_IMAGE, CLIPS_TEXT),
     "siglip": _pooled(SIGLIPS_IMAGE, SIGLIPS_TEXT),
 }
+CLIPS_PIXELS = {
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+}
 # A TorchScript archive is how OpenAI publishes CLIP.
 OPENAI = {
     name: {"activation": "quick_gelu", **pooled} for name, pooled in TRANSFORMERS["clip"].items()
@@ -72,6 +76,29 @@ def declared(path: str | Path) -> Declared:
     if (run / "checkpoints").is_dir() and (run / "config.yaml").is_file():
         return _run(run_config(run, path if path.is_file() else None, allow_foreign_targets=True))
     return {}
+
+
+def pixel_statistics(path: str | Path) -> dict[str, list[float]]:
+    """What pixels in [0, 1] were normalised by, "mean" and "std", from what lies beside the weights
+    or from what a file is; what nothing says is not there.
+    """
+    path = Path(path)
+    if path.is_file() and is_torchscript(path):
+        return CLIPS_PIXELS
+    directory = path if path.is_dir() else path.parent
+    run = directory.parent if directory.name == "checkpoints" else directory
+    found: Mapping[str, Any] = {}
+    if (directory / "open_clip_config.json").is_file():
+        content = json.loads((directory / "open_clip_config.json").read_text())
+        found = content.get("preprocess_cfg", {})
+    elif (directory / "preprocessor_config.json").is_file():
+        content = json.loads((directory / "preprocessor_config.json").read_text())
+        found = {name: content.get(f"image_{name}") for name in ("mean", "std")}
+    elif (run / "checkpoints").is_dir() and (run / "config.yaml").is_file():
+        config = run_config(run, path if path.is_file() else None, allow_foreign_targets=True)
+        # a run of an older version had CLIP's, without a word
+        found = CLIPS_PIXELS | dict(config.get("transform") or {})
+    return {name: list(found[name]) for name in ("mean", "std") if found.get(name)}
 
 
 def _open_clip(config: Mapping[str, Any]) -> Declared:

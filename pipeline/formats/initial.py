@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.formats.checkpoint_file import load_weights
-from pipeline.formats.declared import differences
+from pipeline.formats.declared import differences, pixel_statistics
 from pipeline.formats.names import LAYOUTS, Layout
 from pipeline.models.clip import CLIP
 from pipeline.models.resize import resize_positions
@@ -48,7 +48,8 @@ class InitialWeights:
     of weights in them that are not wanted. Anything else left over is an error, as is another
     shape. So is a tower that differs from what the config beside the weights says of heads,
     activation, eps, pooling or causality, a TorchScript archive being OpenAI's: QuickGELU;
-    may_differ: of such options (`text.activation`) that may.
+    may_differ: of such options (`text.activation`, `transform.mean`) that may.
+    mean, std: of the run's transform, which are compared with those of an image tower's weights.
     Position tables of another size are resized; lengthen: see models.resize.resize_rows.
     """
 
@@ -62,12 +63,15 @@ class InitialWeights:
         may_be_unused: Sequence[str] = (),
         may_differ: Sequence[str] = (),
         lengthen: str = "repeat",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         if model is None and image is None and text is None:
             raise ValueError("initial weights come from somewhere: give model, image or text")
         self.parts = {"": model, "image.": image, "text.": text}
         self.may_stay_new, self.may_be_unused = may_stay_new, may_be_unused
         self.may_differ, self.lengthen = may_differ, lengthen
+        self.pixels = {name: own for name, own in (("mean", mean), ("std", std)) if own is not None}
 
     def apply(self, model: CLIP) -> Report:
         """Copy the weights into `model`. Raises ValueError for whatever does not fit, all of it at
@@ -105,6 +109,7 @@ class InitialWeights:
         theirs = load_weights(path)
         layout = layout_of(theirs, path)
         differs = differences(model, path, part)
+        differs |= self._other_pixels(path) if part != "text." else {}
         report.differs += differs.values()
         problems += [differs[option] for option in _unlisted(differs, self.may_differ)]
         ours, used = {}, set()
@@ -134,6 +139,16 @@ class InitialWeights:
         report.unused += left
         problems += [f"{path}: {name} unused" for name in _unlisted(left, self.may_be_unused)]
         return ours
+
+    def _other_pixels(self, path: str) -> dict[str, str]:
+        """`transform.mean` and `transform.std` where they are not the checkpoint's -> a line."""
+        theirs = pixel_statistics(path)
+        return {
+            f"transform.{name}": f"{path}: transform.{name} was {theirs[name]}, here {list(own)}"
+            for name, own in self.pixels.items()
+            if name in theirs
+            and any(abs(a - b) > 1e-3 for a, b in zip(theirs[name], own, strict=True))
+        }
 
 
 def layout_of(theirs: Mapping[str, Tensor], path: str) -> Layout:
