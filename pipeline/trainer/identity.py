@@ -104,13 +104,17 @@ def claim(cfg: DictConfig, directory: Path) -> None:
         defaults = flat({k: schema[k] for k in schema if not OmegaConf.is_missing(schema, k)})
         mine = flat(ours)
         defaults |= {k: v for k, v in constructor_defaults(ours).items() if k in mine}
-        theirs = defaults | flat(kept_config(path))
+        kept = kept_config(path)
+        theirs = defaults | flat(kept)
         differing = [
             f"  {key}: was {theirs.get(key)!r}, now {mine.get(key)!r}"
             for key in sorted(theirs.keys() | mine.keys())
             if theirs.get(key) != mine.get(key)
             and not any(f"{without_phase(key)}.".startswith(f"{known}.") for known in OPERATIONAL)
         ]
+        order, now = list(kept.get("phases") or {}), list(ours["phases"])
+        if order != now and set(order) == set(now):
+            differing.append(f"  phases: were in the order {order}, now {now}")
         if differing:
             raise ValueError(
                 f"{directory} is a run with another config; give a new name=..., or these values "
