@@ -97,7 +97,7 @@ class _Samples(torch.utils.data.Dataset):
         source, epoch, index = sample
         part, reasons = self.parts[source], []
         length = part.order.length(epoch)
-        # The same place of the next batch stands in, so that the batch stays whole and in place, and
+        # The same place of the next batch stands in, so that the batch stays whole and in place and
         # holds no pair twice (unless an epoch ends in it, or is shorter than two batches).
         stride = self.stride if length >= 2 * self.stride else 1
         for attempt in range(min(MAX_STAND_INS, length)):
