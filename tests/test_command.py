@@ -22,8 +22,9 @@ COMMANDS = {
 
 
 @pytest.fixture
-def type_in(monkeypatch, capsys):
+def type_in(monkeypatch, capsys, tmp_path):
     """type_in(main, *words) -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)  # Hydra leaves a folder for the results of -m
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
     def run(main, *words):
