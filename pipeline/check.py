@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from pipeline.command import explained
 from pipeline.config import CONF, MISSING_WORD, listed, run_problems
 from pipeline.phases import phases
 from pipeline.trainer.options import option_problems
@@ -75,7 +76,7 @@ def verdict(name: str, overrides: list[str], world_size: int | None) -> Verdict:
         found = run_problems(cfg, world_size or processes(cfg), overrides)
         found += option_problems(cfg) if all(MISSING_WORD in line for line in found) else []
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        return Verdict(cfg, str(error), [])
+        return Verdict(cfg, str(error) if cfg is not None else explained(error), [])
     missing = [line for line in found if MISSING_WORD in line]
     wrong = [line for line in found if line not in missing]
     paths = [line.partition(":")[0] for line in dict.fromkeys(missing)]
