@@ -11,7 +11,7 @@ from pipeline.check import composed, everything
 from pipeline.config import CONF, MISSING_WORD, build, check, problems
 from pipeline.phases import phases
 
-ROOTS = ("train", "train_captioner", "evaluate", "export", "curate")
+ROOTS = ("train", "train_captioner", "evaluate", "export", "curate", "report", "dashboard")
 FILES = sorted(path.relative_to(CONF) for path in Path(CONF).rglob("*.yaml"))
 GROUPS = sorted({path.parent.name for path in FILES if path.parent != Path()})
 
