@@ -38,6 +38,7 @@ OPERATIONAL = (
     "data.cache_gib",
     "data.max_bad_fraction",
 )
+RESULT = ("trainer.precision",)  # but for these of them
 
 
 def run_directory(cfg: DictConfig) -> Path:
@@ -48,6 +49,11 @@ def run_directory(cfg: DictConfig) -> Path:
 def without_phase(key: str) -> str:
     """phases.tune.trainer.devices -> trainer.devices."""
     return key.split(".", 2)[-1] if key.startswith("phases.") else key
+
+
+def is_operational(key: str) -> bool:
+    """Whether a key may change when a run is continued."""
+    return key not in RESULT and any(f"{key}.".startswith(f"{known}.") for known in OPERATIONAL)
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
@@ -109,8 +115,7 @@ def claim(cfg: DictConfig, directory: Path) -> None:
         differing = [
             f"  {key}: was {theirs.get(key)!r}, now {mine.get(key)!r}"
             for key in sorted(theirs.keys() | mine.keys())
-            if theirs.get(key) != mine.get(key)
-            and not any(f"{without_phase(key)}.".startswith(f"{known}.") for known in OPERATIONAL)
+            if theirs.get(key) != mine.get(key) and not is_operational(without_phase(key))
         ]
         order, now = list(kept.get("phases") or {}), list(ours["phases"])
         if order != now and set(order) == set(now):

@@ -143,7 +143,7 @@ class ContrastiveModule(pl.LightningModule):
         self.skipped = SkippedSteps(limit=max_skipped_steps)
         self.compile_towers, self.first_weights = compile_towers, first_weights
         self.last_logged: dict[str, float] = {}
-        self.bad_records = 0
+        self.bad_before = self.bad_records = 0  # of all ranks in earlier lives; of this rank
         self.waited = self.worked = 0.0
         self.mark = 0.0
         # of a pair's forward and backward, and of a device: see callbacks/utilisation.py
@@ -158,6 +158,10 @@ class ContrastiveModule(pl.LightningModule):
             compiled=self.compile_towers,
         )
         if self.compile_towers:
+            # A phase before used up some of Dynamo's graphs; behind its limit of 8 for a block's
+            # code a block runs uncompiled. Two towers need 8: by gradient, by size of micro-batch.
+            torch._dynamo.reset()
+            torch._dynamo.config.recompile_limit = 64
             for block in blocks(self.model):
                 block.compile()
         if isinstance(self.trainer.strategy, FullyShardedStrategy | ZeroStrategy):
@@ -172,13 +176,26 @@ class ContrastiveModule(pl.LightningModule):
         chunk = (images.to(self.dtype_of_weights), *rest)
         return encoded(self.model, self.objective, chunk, self.scalars)
 
+    def of_all_ranks(self, *numbers: float) -> Tensor:
+        """(ranks, numbers) in float64. A collective."""
+        ours = torch.tensor(numbers, dtype=torch.float64)
+        if self.trainer.world_size == 1:
+            return ours[None]
+        ours = ours.to(self.device)
+        parts = [torch.empty_like(ours) for _ in range(self.trainer.world_size)]
+        dist.all_gather(parts, ours)
+        return torch.stack(parts)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        bad = self.of_all_ranks(self.bad_records).sum()
+        checkpoint["bad_records"] = self.bad_before + int(bad)
         checkpoint["phase"] = self.phase.name
         checkpoint["skipped_steps"] = self.skipped.total
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint of the phase before is made to fit this one."""
         self.skipped.total = checkpoint.get("skipped_steps", 0)
+        self.bad_before = checkpoint.get("bad_records", 0)
         if checkpoint.get("phase", "") == self.phase.name:
             return
         strategy = self.trainer.strategy
@@ -298,14 +315,17 @@ class ContrastiveModule(pl.LightningModule):
             "train/lr": lr,
             "train/skipped_steps": self.skipped.total,
         }
+        # The slowest rank's: the others wait for it in their work.
+        ranks = self.of_all_ranks(self.waited, self.worked, self.bad_records)
+        waited = (ranks[:, 0] / ranks[:, :2].sum(1).clamp(min=1e-9)).max().item()
         elapsed = self.waited + self.worked
         steps = self.log_every_steps if step % self.log_every_steps == 0 else 1
         row |= {
             "perf/pairs_per_second": steps * self.global_batch_size / max(elapsed, 1e-9),
-            "perf/data_wait_fraction": self.waited / max(elapsed, 1e-9),
+            "perf/data_wait_fraction": waited,
             "perf/peak_memory_gib": peak_memory(self.device) / 2**30,
             "perf/tokens_per_image": self.tokens_per_image,
-            "data/bad_records": self.bad_records,
+            "data/bad_records": self.bad_before + int(ranks[:, 2].sum()),
             "samples_seen": self.phase.samples_at(step),
         }
         if self.peak_flops is not None:

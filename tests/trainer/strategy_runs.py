@@ -84,6 +84,14 @@ class SaveAtOnce(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
+class Unlucky(pl.Callback):
+    """A rank's data come late and with so many bad records: of the second, and twice as many."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, _: int) -> None:
+        batch["bad"] = trainer.global_rank + 1
+        pl_module.mark -= 1000 * trainer.global_rank
+
+
 class StopAt(pl.Callback):
     """A run that ends early, as one that is continued elsewhere."""
 
@@ -147,7 +155,7 @@ def relay(
     for leg, name in enumerate(strategies):
         cfg = config_of(data, runs, "relay", steps, [*WORDS[name], *more])
         at_once = SaveAtOnce(runs / f"at_once-{leg * LEG}.ckpt")
-        run(cfg, StopAt((leg + 1) * LEG), at_once)
+        run(cfg, StopAt((leg + 1) * LEG), at_once, Unlucky())
     run(config_of(data, runs, "ddp", steps, [*WORDS["ddp"], *more]))
     for name in faulty:
         words = [*WORDS[name], *more, "checkpoint_every_steps=1", *fault(rank=1, steps=[2, 3])]

@@ -5,9 +5,11 @@ stopped early says so, and no phase is begun behind it.
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch import nn
 
 from pipeline.check import main
 from pipeline.tracking.metrics import read_metrics
+from pipeline.trainer.identity import claim, run_directory
 from pipeline.trainer.options import INSTEAD, option_problems, refuse_wrong_options
 from pipeline.trainer.run import make_trainer, phases, train
 from tests.trainer import strategy_runs as runs
@@ -67,6 +69,26 @@ def test_the_check_says_it_too(capsys):
     with pytest.raises(SystemExit):
         main(["recipe=small", "name=x", "data.shards=y", "gradient_clip_norm=0"])
     assert "gradient_clip_norm: 0.0 must be above 0" in capsys.readouterr().out
+
+
+def test_the_precision_belongs_to_a_name_and_the_devices_do_not(config):
+    cfg = config(name="named")
+    claim(cfg, run_directory(cfg))
+    cfg.trainer.devices = 4
+    claim(cfg, run_directory(cfg))
+    cfg.trainer.precision = "bf16-mixed"
+    with pytest.raises(ValueError, match="trainer.precision: was '32-true', now 'bf16-mixed'"):
+        claim(cfg, run_directory(cfg))
+
+
+@pytest.mark.slow
+def test_every_phase_is_compiled(config, monkeypatch):
+    """Uneven micro-batches and two towers: as many graphs of a block as Dynamo allows by itself."""
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda block: compiled(block, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # what it is by itself
+    train(config(*PHASES, "compile_towers=true", "+phases.one.model.image.image_size=16"))
 
 
 def test_stopped_early_it_writes_a_checkpoint_and_begins_no_phase(config, monkeypatch, caplog):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,23 @@ def test_a_signal_ends_between_steps(root, data, tmp_path, train, command, envir
     assert losses(tmp_path / "a") == losses(tmp_path / "whole")
     one, whole = weights(tmp_path / "a"), weights(tmp_path / "whole")
     assert all(torch.equal(one[key], whole[key]) for key in whole)
+
+
+def test_ranks_agree_on_the_step_before(monkeypatch):
+    """Reading the flag of the step that has just ended would wait for the optimizer's kernels."""
+    others = iter([0.0, 1.0, 0.0, 0.0, 1.0])
+    monkeypatch.setattr(
+        "torch.distributed.all_reduce", lambda flag, op: flag.clamp_(min=next(others))
+    )
+    callback, cpu = Preemption(), torch.device("cpu")
+    many, last, one = (
+        SimpleNamespace(world_size=size, global_step=step, max_steps=9)
+        for size, step in ((2, 1), (2, 9), (1, 1))
+    )
+    assert [callback._asked(many, cpu) for _ in range(4)] == [False, False, True, False]
+    assert callback._asked(last, cpu)  # there is no later step
+    callback.received = "SIGUSR1"
+    assert callback._asked(one, cpu)
 
 
 def test_a_run_that_hangs_says_where(root, data, tmp_path, command, environment):

@@ -62,6 +62,14 @@ def test_the_relay_trains_as_one_run(relay):
     assert min(row["train/grad_norm"] for row in alone[:2]) > 0.5  # clipping had to bite
 
 
+def test_what_happens_to_one_rank_is_seen(relay):
+    """Bad records are those of all ranks and lives; the wait for data is the slowest rank's."""
+    folder, _, _ = relay
+    for row in read_metrics(folder / "relay"):
+        assert row["data/bad_records"] == 3 * row["step"]
+        assert 0.8 < row["perf/data_wait_fraction"] < 1
+
+
 def test_loading_changes_nothing(relay):
     """Weights and optimizer state, bit for bit, whatever wrote them and whatever reads them."""
     folder, strategies, _ = relay

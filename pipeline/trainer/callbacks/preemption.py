@@ -18,13 +18,40 @@ log = logging.getLogger(__name__)
 TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 
 
+class Flag:
+    """Whether any rank has raised it, on its way from the device.
+
+    A step later it has arrived; at once, whoever asks waits for all that the device has to do.
+    """
+
+    def __init__(self, host: torch.Tensor, arrived: torch.cuda.Event | None) -> None:
+        self.host, self.arrived = host, arrived
+
+    @classmethod
+    def of_all_ranks(cls, own: bool, device: torch.device) -> "Flag":
+        flag = torch.full((1,), float(own), device=device)  # torch.tensor would wait for its copy
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if device.type != "cuda":
+            return cls(flag, None)
+        host, arrived = torch.empty(1, pin_memory=True), torch.cuda.Event()
+        host.copy_(flag, non_blocking=True)
+        arrived.record()
+        return cls(host, arrived)
+
+    def raised(self) -> bool:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return bool(self.host.item())
+
+
 class Preemption(pl.Callback):
     """signals: names that end the run early, e.g. SLURM's --signal=USR1@300 and its TERM.
 
-    A signal to one process is enough: the ranks agree after each step. What remains of the step and
-    one checkpoint's writing is the time it takes; then all processes end, rank 0 with code 75, and
-    the same command continues to the same bits. Before the first step a signal ends the process as
-    ever.
+    A signal to one process is enough: the ranks agree after each step on the signals of the step
+    before, so that none waits for its device. What remains of the step, with several processes one
+    more, and one checkpoint's writing is the time it takes; then all processes end, rank 0 with
+    code 75, and the same command continues to the same bits. Before the first step a signal ends
+    the process as ever.
     Price: one all-reduce of a number a step.
     """
 
@@ -36,6 +63,7 @@ class Preemption(pl.Callback):
             )
         self.signals = [getattr(signal, f"SIG{name}") for name in signals]
         self.received: str | None = None
+        self.pending: Flag | None = None
         self.before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -50,12 +78,7 @@ class Preemption(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
         """Raises SystemExit on all ranks, once one has got a signal; rank 0 with code 75."""
-        asked = self.received is not None
-        if trainer.world_size > 1:
-            flag = torch.tensor([float(asked)], device=pl_module.device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            asked = bool(flag.item())
-        if not asked:
+        if not self._asked(trainer, pl_module.device):
             return
         checkpoints = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
         path = checkpoints.save(trainer)
@@ -69,6 +92,16 @@ class Preemption(pl.Callback):
             )
         # not every rank: srun --kill-on-bad-exit would end those that are not yet done
         raise SystemExit(TEMPORARY_FAILURE if trainer.is_global_zero else 0)
+
+    def _asked(self, trainer: pl.Trainer, device: torch.device) -> bool:
+        """Whether this process has got a signal; of several, whether one had by the end of the step
+        before, or of this one where it is the last.
+        """
+        if trainer.world_size == 1:
+            return self.received is not None
+        before, self.pending = self.pending, Flag.of_all_ranks(self.received is not None, device)
+        last = trainer.global_step >= trainer.max_steps
+        return (before is not None and before.raised()) or (last and self.pending.raised())
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self.before.items():

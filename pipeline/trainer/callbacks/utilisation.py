@@ -9,11 +9,22 @@ from pipeline.cost.phase import PEAK_FLOPS, phase_cost
 
 log = logging.getLogger(__name__)
 
-SAME_AS = {"H200": "H100"}  # the same chip with other memory
+# bf16 without sparsity, the vendor's figures, by what a device's name contains: the longest counts
+PEAKS = {
+    **PEAK_FLOPS,
+    "A800": PEAK_FLOPS["A100"],  # these three: the same chip with other memory or links
+    "H200": PEAK_FLOPS["H100"],
+    "H800": PEAK_FLOPS["H100"],
+    "H100 PCIe": 756e12,
+    "H800 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
+}
 
 
 class Utilisation(pl.Callback):
-    """peak_flops: of one device, in FLOP/s; null: known for A100, H100, H200 (bf16), else none.
+    """peak_flops: of one device, in FLOP/s; null: known for A100, H100, H200 and what is sold
+    like them (bf16), else none.
 
     Counts forward and backward of what a pair's tokens cost, once, and nothing that is computed
     twice (PaLM, arXiv:2204.02311, app. B). Price: some seconds at the start, on shapes alone.
@@ -37,8 +48,8 @@ def peak_of(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    for known, as_known in {**{k: k for k in PEAK_FLOPS}, **SAME_AS}.items():
-        if known in name:
-            return PEAK_FLOPS[as_known]
+    known = [word for word in PEAKS if word in name]
+    if known:
+        return PEAKS[max(known, key=len)]
     log.info("no perf/mfu: the peak of a %s is unknown; callbacks.utilisation.peak_flops=...", name)
     return None
