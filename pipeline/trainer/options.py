@@ -23,6 +23,7 @@ INSTEAD = {
     "use_distributed_sampler": "leave it out, every rank reads its own pairs",
 }
 ROUNDED = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
+PRODUCTS = ("highest", "high", "medium")  # torch's words
 
 
 def option_problems(cfg: DictConfig) -> list[str]:
@@ -51,6 +52,9 @@ def _step_problems(cfg: DictConfig) -> list[str]:
     found = []
     if clip is not None and not clip > 0:
         found.append(f"gradient_clip_norm: {clip} must be above 0, or null for none")
+    products = cfg.get("float32_matmul_precision", PRODUCTS[0])
+    if products not in PRODUCTS:
+        found.append(f"float32_matmul_precision: {products!r} is none of {', '.join(PRODUCTS)}")
     if every is not None and every < 1:
         found.append(f"log_every_steps: {every} must be at least 1")
     return found

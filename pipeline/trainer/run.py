@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from hydra.errors import InstantiationException
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -206,6 +207,7 @@ def groups_text(groups: Sequence[Mapping[str, Any]]) -> str:
 def train_phase(phase: Phase, directory: Path, logger: list[Logger], newest: Path | None) -> None:
     """Train one phase to its end, from a checkpoint of it or of the phase before."""
     cfg = phase.config
+    torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
     trainer = make_trainer(phase, directory, logger)
     in_pieces = isinstance(trainer.strategy, FullyShardedStrategy)
     module = make_module(phase, fresh=newest is None, in_pieces=in_pieces)

@@ -4,7 +4,7 @@ stopped early says so, and no phase is begun behind it.
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from torch import nn
 
 from pipeline.check import main
@@ -79,6 +79,21 @@ def test_the_precision_belongs_to_a_name_and_the_devices_do_not(config):
     cfg.trainer.precision = "bf16-mixed"
     with pytest.raises(ValueError, match="trainer.precision: was '32-true', now 'bf16-mixed'"):
         claim(cfg, run_directory(cfg))
+
+
+def test_float32_products_are_rounded_as_asked(config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    monkeypatch.setattr("pipeline.trainer.run.make_trainer", lambda *_: 1 / 0)
+    for word in ("highest", "high"):
+        cfg = config(name=word)
+        with open_dict(cfg):
+            cfg.float32_matmul_precision = word
+        with pytest.raises(ZeroDivisionError):
+            train(cfg)
+    assert asked == ["highest", "high"]
+    with pytest.raises(ValueError, match="'tf32' is none of highest, high, medium"):
+        refuse_wrong_options(OmegaConf.create({"float32_matmul_precision": "tf32"}))
 
 
 @pytest.mark.slow
