@@ -98,7 +98,7 @@ RIGHT = [
 
 @pytest.mark.parametrize("change", RIGHT, ids=lambda value: str(value)[:40])
 def test_what_is_right(change, config):
-    rehearse(config("+model.init_logit_bias=-10", **change))
+    rehearse(config("+model.init_logit_bias=-10", "+loss_weights.softmax=2", **change))
 
 
 def test_phases_that_are_done_are_not_looked_at_again(config, tmp_path):
