@@ -17,7 +17,7 @@ KEYS_OF_CONFIG = (
     "max_skipped_steps",
     "frozen",
 )
-KEYS_OF_CHECKPOINT = ("phase", "skipped_steps", "callbacks")
+KEYS_OF_CHECKPOINT = ("phase", "skipped_steps", "bad_records", "callbacks")
 
 
 def test_it_goes_on_to_the_same_weights(data, tmp_path, train):

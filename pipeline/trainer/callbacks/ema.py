@@ -55,7 +55,7 @@ class Ema(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        """One update for each optimizer step; none for a step that was skipped."""
+        """One update for each optimizer step, also for one left out for its gradient."""
         if trainer.global_step <= self.step:
             return
         named = dict(pl_module.model.named_parameters())
