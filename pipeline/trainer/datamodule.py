@@ -34,7 +34,9 @@ class UnendingBatches:
         return self.stream.state_dict()
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.stream.load_state_dict(state)
+        """Nothing: the stream stands where the count of pairs says, which another phase's state,
+        of other data, does not.
+        """
 
 
 class ShardData(pl.LightningDataModule):
