@@ -13,6 +13,7 @@ WORDS = [
     "+phases.small.data.workers=0",
     "+phases.large.data.workers=0",
     "checkpoint_every_steps=1",
+    "phases.small.samples_seen=96",  # more than the first data have: in their second epoch
 ]
 
 
@@ -38,10 +39,10 @@ def test_positions_are_counts_of_pairs(data, other, tmp_path, monkeypatch):
         step(self, batch, batch_idx)
 
     monkeypatch.setattr(ContrastiveModule, "training_step", watched)
-    cfg = runs.config_of(data, tmp_path, "x", 4, [*WORDS, f"+phases.large.data.shards={other}"])
+    cfg = runs.config_of(data, tmp_path, "x", 5, [*WORDS, f"+phases.large.data.shards={other}"])
     train(cfg)
-    assert [first for first, _ in seen] == [0, 32, 64, 96]
+    assert [first for first, _ in seen] == [0, 32, 64, 96, 128]
     whole = list(seen)
-    (tmp_path / "x" / "checkpoints" / "step-00000004.ckpt").unlink()
+    (tmp_path / "x" / "checkpoints" / "step-00000005.ckpt").unlink()
     train(cfg)
-    assert seen[4:] == whole[3:]
+    assert seen[5:] == whole[4:]
