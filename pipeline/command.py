@@ -96,8 +96,14 @@ def explained(error: Exception) -> str:
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return f"{prefix}{cause.full_key}: {str(cause).splitlines()[0]}"
     if type(error) is ValueError:  # of a value that is no file's name; Hydra does not say whose
-        words = [word for word in sys.argv[1:] if Path(CONF, word.partition("=")[0]).is_dir()]
-        lines = [f"{', '.join(words)}:", *lines, "(~GROUP leaves a group out)"]
+        given = [word.partition("=") for word in sys.argv[1:]]
+        groups = [word for word in given if Path(CONF, word[0]).is_dir()]
+        empty = [group for group, _, value in groups if value in ("", "null")]
+        if empty:
+            off = ["none" if Path(CONF, group, "none.yaml").exists() else "NAME" for group in empty]
+            words = [f"{group}={word}" for group, word in zip(empty, off, strict=True)]
+            return f"{empty[0]}: a group takes the name of a file: {', '.join(words)}"
+        lines = [f"{', '.join(map(''.join, groups))}:", *lines, "(~GROUP leaves a group out)"]
     return " ".join(lines)
 
 

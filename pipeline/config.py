@@ -49,6 +49,9 @@ class TrainConfig:
     micro_batch_size: int | None = None  # pairs per process per forward; null: the local batch
     gradient_clip_norm: float | None = None
     compile_towers: bool = False  # torch.compile for each transformer block: a minute at the start
+    # highest, high (TensorFloat-32 on GPUs since A100) or medium, torch's words: changes the
+    # rounding of float32 products
+    float32_matmul_precision: str = "highest"
     max_skipped_steps: int = 10  # in a row, their gradient not finite; one more ends the run
     log_every_steps: int = 10
     checkpoint_every_steps: int = 100

@@ -134,7 +134,8 @@ class PhaseCost:
             "masters": share(4 * trained, True) if masters else 0,
             "optimizer": share(self.state_bytes, cut_state),
             "activations": self.pair_bytes * self.micro,
-            "images": self.image_bytes * self.local,
+            # as they came, in uint8, and a micro-batch's normalised, in float32
+            "images": self.image_values * (self.local + 4 * self.micro),
             "features, loss": self.loss_bytes,
         }
 
@@ -144,10 +145,9 @@ class PhaseCost:
         return self.image.sample_bytes + self.text.sample_bytes
 
     @property
-    def image_bytes(self) -> int:
-        """Of one picture of the local batch: as it came, in uint8, and normalised, in float32."""
-        crops = self.views + bool(self.wide_flops)
-        return crops * 3 * self.image_size**2 * (1 + 4)
+    def image_values(self) -> int:
+        """Of one pair's crops."""
+        return (self.views + bool(self.wide_flops)) * 3 * self.image_size**2
 
     @property
     def loss_bytes(self) -> int:

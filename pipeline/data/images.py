@@ -7,6 +7,7 @@ white, CMYK and 16-bit become RGB, an animation gives its first frame. Normalisa
 device.
 """
 
+import functools
 import io
 import math
 import warnings
@@ -169,7 +170,12 @@ class ImageTransform:
         return to_tensor(image.crop((left, upper, left + self.image_size, upper + self.image_size)))
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) uint8 in [0, 255] -> float32, zero mean and unit variance per channel."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1) * 255
-        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1) * 255
+        """(..., 3, H, W) uint8 in [0, 255] -> float32, zero mean and unit variance per channel."""
+        mean, std = (_of_levels(tuple(x), images.device) for x in (self.mean, self.std))
         return (images.float() - mean) / std
+
+
+@functools.lru_cache(maxsize=16)
+def _of_levels(channels: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """(3, 1, 1), kept on the device: sending it there in each micro-batch would wait for it."""
+    return torch.tensor(channels, device=device).view(3, 1, 1) * 255

@@ -86,14 +86,14 @@ class AttentiveModule(ContrastiveModule):
         super().on_train_start()
 
     def inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
-        images = self.transform.normalise(batch["images"])
+        images = batch["images"]
         (teacher,) = self.teacher
         weights = teacher.named(self.average.weights)
         kept, target = attentive_inputs(
             teacher,
             {name: weight.to(self.dtype_of_weights) for name, weight in weights.items()},
             self.image_tokens,
-            images[:, -1].to(self.dtype_of_weights),
+            self.transform.normalise(images[:, -1]).to(self.dtype_of_weights),
             batch["boxes"],
             chunk=self.micro_batch_size or len(images),
         )

@@ -171,9 +171,13 @@ class ContrastiveModule(pl.LightningModule):
         return self.optimizer.make(self)
 
     def forward(self, images: Tensor, *rest: Tensor | None) -> Encoded:
-        """A micro-batch's embeddings and the loss's parameters: see `encoded`."""
-        # Where a strategy keeps weights in half precision it leaves pictures as they are.
-        chunk = (images.to(self.dtype_of_weights), *rest)
+        """A micro-batch's embeddings and the loss's parameters: see `encoded`.
+
+        images: (B, ..., 3, H, W) uint8.
+        """
+        # Here and not before: all of a large batch takes four times the memory as float32. Where a
+        # strategy keeps weights in half precision it leaves pictures as they are.
+        chunk = (self.transform.normalise(images).to(self.dtype_of_weights), *rest)
         return encoded(self.model, self.objective, chunk, self.scalars)
 
     def of_all_ranks(self, *numbers: float) -> Tensor:
@@ -264,7 +268,7 @@ class ContrastiveModule(pl.LightningModule):
 
     def inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
         """What both passes of the step are given: see CachedContrastiveStep."""
-        images = self.transform.normalise(batch["images"])
+        images = batch["images"]
         return images, self.reduced_text(batch["tokens"]), self.kept_tokens(len(images))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:

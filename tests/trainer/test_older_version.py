@@ -16,6 +16,7 @@ KEYS_OF_CONFIG = (
     "ema",
     "max_skipped_steps",
     "frozen",
+    "float32_matmul_precision",
 )
 KEYS_OF_CHECKPOINT = ("phase", "skipped_steps", "bad_records", "callbacks")
 
