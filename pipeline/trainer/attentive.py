@@ -103,18 +103,24 @@ class AttentiveModule(ContrastiveModule):
 def averages(trainer: pl.Trainer) -> Any:
     """The run's moving average. Raises ValueError: see AttentiveModule."""
     strategy = trainer.strategy
-    sharded = isinstance(strategy, FullyShardedStrategy) or (
+    cut = isinstance(strategy, FullyShardedStrategy) or (
         isinstance(strategy, ZeroStrategy) and strategy.stage == 3
     )
-    if sharded or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ZeroStrategy):
+    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ZeroStrategy)
+    callback = next((c for c in trainer.callbacks if isinstance(c, Ema)), None)
+    refuse_without_average(averaged=callback is not None, whole=known and not cut)
+    return callback.average
+
+
+def refuse_without_average(*, averaged: bool, whole: bool) -> None:
+    """averaged: the run has an `ema`.  whole: its strategy keeps whole parameters."""
+    if not whole:
         raise ValueError(
             "image_tokens=attentive runs its averaged tower whole, and this strategy keeps pieces "
             "of it: use trainer=ddp, or deepspeed_1 or deepspeed_2"
         )
-    for callback in trainer.callbacks:
-        if isinstance(callback, Ema):
-            return callback.average
-    raise ValueError(
-        "image_tokens=attentive takes its attention from the run's moving average and there is "
-        "none: set ema=cosine"
-    )
+    if not averaged:
+        raise ValueError(
+            "image_tokens=attentive takes its attention from the run's moving average and there is "
+            "none: set ema=cosine"
+        )

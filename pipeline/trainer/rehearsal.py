@@ -21,7 +21,7 @@ from pipeline.losses.objective import Objective
 from pipeline.models.clip import CLIP
 from pipeline.models.freeze import freeze
 from pipeline.phases import Phase, phases
-from pipeline.trainer.attentive import module_class
+from pipeline.trainer.attentive import AttentiveModule, module_class, refuse_without_average
 from pipeline.trainer.checkpoints import find_newest, step_of
 from pipeline.trainer.identity import run_directory
 from pipeline.trainer.strategies.fsdp import FullyShardedStrategy
@@ -84,7 +84,7 @@ def _try_parts(cfg: DictConfig) -> nn.Module:
         raise ValueError(f"frozen: {list(cfg.frozen)} leaves no parameter that learns")
     _refuse_wrong_sizes(cfg, model, transform)
     policy = build(cfg.image_tokens) if cfg.image_tokens else None
-    module_class(model, transform, policy)
+    attentive = issubclass(module_class(model, transform, policy), AttentiveModule)
     if policy is not None:
         patches = model.image.num_tokens
         policy.num_kept(patches)
@@ -96,7 +96,7 @@ def _try_parts(cfg: DictConfig) -> nn.Module:
     build(cfg.schedule)
     if cfg.ema:
         build(cfg.ema)
-    _refuse_wrong_strategy(cfg, build(cfg.optimizer).make(Shrunk(model)))
+    _refuse_wrong_strategy(cfg, build(cfg.optimizer).make(Shrunk(model)), attentive=attentive)
     return model
 
 
@@ -141,16 +141,18 @@ def _try_loss(model: nn.Module, objective: Objective) -> None:
             term(features)
 
 
-def _refuse_wrong_strategy(cfg: DictConfig, optimizer: torch.optim.Optimizer) -> None:
+def _refuse_wrong_strategy(
+    cfg: DictConfig, optimizer: torch.optim.Optimizer, *, attentive: bool
+) -> None:
     node = OmegaConf.select(cfg, "trainer.strategy")
-    if not OmegaConf.is_dict(node):
-        return
-    strategy = pkgutil.resolve_name(node._target_)
+    strategy = pkgutil.resolve_name(node._target_) if OmegaConf.is_dict(node) else None
     sharded, zero = (
         isinstance(strategy, type) and issubclass(strategy, known)
         for known in (FullyShardedStrategy, ZeroStrategy)
     )
     stage = node.stage if zero else 0
+    if attentive:
+        refuse_without_average(averaged=bool(cfg.ema), whole=not sharded and stage < 3)
     if isinstance(optimizer, torch.optim.Adafactor) and (sharded or stage):
         raise ValueError(
             "optimizer: Adafactor looks at whole parameters, and FSDP2 and ZeRO give it pieces of "

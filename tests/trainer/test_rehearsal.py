@@ -101,6 +101,17 @@ def test_what_is_right(change, config):
     rehearse(config("+model.init_logit_bias=-10", "+loss_weights.softmax=2", **change))
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("ema=none", "set ema=cosine"), ("trainer=fsdp", "use trainer=ddp, or deepspeed_1")],
+)
+def test_attentive_masking_wants_a_whole_average(word, message):
+    words = ["recipe=aclip_b16_yfcc15m", "debug=tiny", "name=x", "data.shards=y"]
+    rehearse_shapes(phases(composed("train", words)))
+    with pytest.raises(ValueError, match=message):
+        rehearse_shapes(phases(composed("train", [*words, word])))
+
+
 def test_phases_that_are_done_are_not_looked_at_again(config, tmp_path):
     cfg = config("+phases.a.data.shards=/gone")
     with pytest.raises(ValueError, match="phase a: .*/gone"):
