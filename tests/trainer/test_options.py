@@ -101,9 +101,10 @@ def test_every_phase_is_compiled(config, monkeypatch):
     """Uneven micro-batches and two towers: as many graphs of a block as Dynamo allows by itself."""
     compiled = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda block: compiled(block, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # what it is by itself
-    train(config(*PHASES, "compile_towers=true", "+phases.one.model.image.image_size=16"))
+    cfg = config(*PHASES, "compile_towers=true", "+phases.one.model.image.image_size=16")
+    # 8: what it is by itself
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+        train(cfg)
 
 
 def test_stopped_early_it_writes_a_checkpoint_and_begins_no_phase(config, monkeypatch, caplog):
