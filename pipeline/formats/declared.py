@@ -117,7 +117,8 @@ def _open_clip(config: Mapping[str, Any]) -> Declared:
         found["text"]["heads"] = text.get("heads", 8)
         pooling = text.get("pool_type", "argmax")
         found["text"]["pooling"] = {"argmax": "eot", "eos": "eot"}.get(pooling, pooling)
-        found["text"]["eot_id"] = text.get("eos_id", 2) if pooling == "eos" else None
+        if pooling == "eos":  # else the largest id, whichever that is
+            found["text"]["eot_id"] = text.get("eos_id", 2)
         found["text"]["causal"] = not text.get("no_causal_mask", False)
     return found
 

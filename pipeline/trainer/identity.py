@@ -108,18 +108,23 @@ def claim(cfg: DictConfig, directory: Path) -> None:
         # A key that an older version did not know, or not write, had what is now its default.
         schema = OmegaConf.structured(OmegaConf.get_type(cfg))
         defaults = flat({k: schema[k] for k in schema if not OmegaConf.is_missing(schema, k)})
-        mine = flat(ours)
-        defaults |= {k: v for k, v in constructor_defaults(ours).items() if k in mine}
+        mine, names = flat(ours), list(ours["phases"])
+        each = {f"phases.{name}.{k}": v for name in names for k, v in defaults.items()}
+        given = each | constructor_defaults(ours)
+        defaults |= {key: value for key, value in given.items() if key in mine}
         kept = kept_config(path)
         theirs = defaults | flat(kept)
         differing = [
             f"  {key}: was {theirs.get(key)!r}, now {mine.get(key)!r}"
             for key in sorted(theirs.keys() | mine.keys())
-            if theirs.get(key) != mine.get(key) and not is_operational(without_phase(key))
+            if theirs.get(key) != mine.get(key)
+            and not is_operational(without_phase(key))
+            # a value that every phase has of its own is read by none
+            and not (names and all(f"phases.{name}.{key}" in mine for name in names))
         ]
-        order, now = list(kept.get("phases") or {}), list(ours["phases"])
-        if order != now and set(order) == set(now):
-            differing.append(f"  phases: were in the order {order}, now {now}")
+        order = list(kept.get("phases") or {})
+        if order != names and set(order) == set(names):
+            differing.append(f"  phases: were in the order {order}, now {names}")
         if differing:
             raise ValueError(
                 f"{directory} is a run with another config; give a new name=..., or these values "

@@ -6,11 +6,26 @@ import torch
 import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 
+from pipeline.models.vit import VisionTransformer
 from pipeline.phases import phases
 from pipeline.trainer.run import first_model, make_module
 from tests.trainer import strategy_runs as runs
 
-WORDS = [*runs.WORDS["fsdp"], "+model.image.positions=sincos"]  # a table that is no weight
+WORDS = [
+    *runs.WORDS["fsdp"],
+    "ema=constant",
+    "+model.image.positions=sincos",  # a table that is no weight
+    f"model.image._target_={__name__}.Counting",
+    "allow_foreign_targets=true",
+]
+
+
+class Counting(VisionTransformer):
+    """With a number that is kept in checkpoints, as batch norms have."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register_buffer("count", torch.tensor(3))
 
 
 class AtStart(pl.Callback):

@@ -47,6 +47,28 @@ def test_it_goes_on_to_the_same_weights(data, tmp_path, train):
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
+def test_a_run_of_phases_goes_on_too(data, tmp_path, command):
+    """Also one with a value that every phase overrules, which is refused today and read by none."""
+    words = [
+        *command(data, tmp_path, "a")[3:],
+        "every_phase=null",
+        *(f"+phases.{n}.samples_seen=64" for n in "ab"),
+        *(f"+phases.{n}.schedule.warmup_samples=32" for n in "ab"),
+    ]
+    cfg = composed("train", words)
+    claim(cfg, tmp_path)
+    kept = OmegaConf.load(tmp_path / "config.yaml")
+    for node in (kept, kept.phases.a, kept.phases.b):
+        del node.float32_matmul_precision, node.transform.mean
+    kept.schedule.warmup_samples = 48
+    OmegaConf.save(kept, tmp_path / "config.yaml")
+    claim(cfg, tmp_path)
+    kept.phases.b.schedule.warmup_samples = 48
+    OmegaConf.save(kept, tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match=r"phases\.b\.schedule\.warmup_samples: was 48, now 32"):
+        claim(cfg, tmp_path)
+
+
 def test_other_pixel_statistics_are_another_run(data, tmp_path, command):
     """An older run's config lacks them: they were the constructor's."""
     words = command(data, tmp_path, "a")[3:]

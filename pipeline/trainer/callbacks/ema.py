@@ -67,6 +67,14 @@ class Ema(pl.Callback):
         for name in self.average.follow(named):
             log.info("ema: %s is now %s: starts anew", name, tuple(named[name].shape))
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Before Lightning copies the state: of a mapped one a process needs its pieces alone."""
+        state = checkpoint["callbacks"].pop(self.state_key, None)
+        if state:
+            self.load_state_dict(state)
+
     def state_dict(self) -> dict[str, Any]:
         """On every rank, as shards are gathered; only rank 0's has the weights."""
         weights = {

@@ -128,7 +128,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             raise ValueError(problem)
         for name, held in model.state_dict().items():
             value = whole[name] if self.is_global_zero else torch.empty(held.shape)
-            value = value.reshape(held.shape).to(held.device)
+            value = value.reshape(held.shape).to(held.device, held.dtype)
             if isinstance(held, DTensor):
                 held.copy_(distribute_tensor(value, held.device_mesh, held.placements))
             else:
