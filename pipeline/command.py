@@ -44,7 +44,8 @@ def entry(name: str, *, config: str, choices: str | None = None) -> Callable[[Jo
             nonlocal composing
             if composing:
                 composing = False
-                del os.environ[FULL_ERROR]  # a crash of the job is Hydra's to print
+                # A crash of the job is Hydra's to print. Another machine may not have it at all.
+                os.environ.pop(FULL_ERROR, None)
             with user_errors(name):
                 return job(cfg)
 

@@ -369,7 +369,13 @@ def run_problems(cfg: DictConfig, world_size: int, words: Sequence[str] = ()) ->
         return foreign  # before `problems`, which imports what a target names
     training = OmegaConf.get_type(cfg) in (TrainConfig, TrainCaptionerConfig)
     if not cfg.get("phases"):
-        return problems(cfg) + (batch_problems(cfg, world_size) if training else [])
+        keys = [word.lstrip("+").partition("=")[0] for word in words]
+        unread = [
+            f"{key}: has no effect, the run has no phases: set {key.partition('.')[2]}"
+            for key in keys
+            if key.startswith("every_phase.")
+        ]
+        return unread + problems(cfg) + (batch_problems(cfg, world_size) if training else [])
     found = phase_problems(cfg, words)
     if found:
         return found

@@ -100,6 +100,13 @@ def test_a_word_that_every_phase_overrules_is_named(word, words):
     assert found.startswith(word.split()[-1].partition("=")[0]) and words in found
 
 
+def test_a_word_for_every_phase_of_a_run_without_any_is_named():
+    given = ["recipe=emoji", "name=x", "data.shards=y", "tokenizer.path=clip"]
+    word = "+every_phase.samples_seen=2560"
+    (found,) = run_problems(composed("train", [*given, word]), 1, [*given, word])
+    assert found.endswith("the run has no phases: set samples_seen")
+
+
 @pytest.mark.parametrize(
     "word", ["samples_seen=???", "global_batch_size=64", "image_tokens=block", "optimizer.lr=1"]
 )

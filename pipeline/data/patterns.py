@@ -31,7 +31,7 @@ def expand(pattern: str) -> list[str]:
         padded = any(number.startswith("0") and number != "0" for number in (first, last))
         width = max(len(first), len(last)) if padded else 0
         words = [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
-    elif ".." in within or "{" in before:
+    elif re.fullmatch(r"[^,/]*\.\.[^,/]*", within) or "{" in before:
         raise ValueError(
             f"data.shards={pattern}: {{{within}}} is not written out; braces hold two numbers, "
             "{00..11}, or words, {x,y}, and no other braces"

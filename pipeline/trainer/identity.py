@@ -39,6 +39,8 @@ OPERATIONAL = (
     "data.max_bad_fraction",
 )
 RESULT = ("trainer.precision",)  # but for these of them
+# Lightning's shorter words for the same
+PRECISIONS = {"None": "32-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
 def run_directory(cfg: DictConfig) -> Path:
@@ -97,6 +99,12 @@ def constructor_defaults(node: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
+def _meant(key: str, value: Any) -> Any:
+    if without_phase(key) == "trainer.precision":
+        return PRECISIONS.get(str(value), str(value))
+    return value
+
+
 def claim(cfg: DictConfig, directory: Path) -> None:
     """Leave the resolved config in the run directory, or compare with the one that is there.
 
@@ -117,7 +125,7 @@ def claim(cfg: DictConfig, directory: Path) -> None:
         differing = [
             f"  {key}: was {theirs.get(key)!r}, now {mine.get(key)!r}"
             for key in sorted(theirs.keys() | mine.keys())
-            if theirs.get(key) != mine.get(key)
+            if _meant(key, theirs.get(key)) != _meant(key, mine.get(key))
             and not is_operational(without_phase(key))
             # a value that every phase has of its own is read by none
             and not (names and all(f"phases.{name}.{key}" in mine for name in names))

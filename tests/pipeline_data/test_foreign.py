@@ -225,6 +225,7 @@ def test_a_tar_of_failures_alone_holds_no_pairs(tars, make_stream, take):
         ("a{9..010}.tar", ["a009.tar", "a010.tar"]),
         ("a{099..0100}.tar", ["a0099.tar", "a0100.tar"]),
         ("{x,yy}/{0..1}.tar", ["x/0.tar", "x/1.tar", "yy/0.tar", "yy/1.tar"]),
+        ("{../x,../y}/0.tar", ["../x/0.tar", "../y/0.tar"]),
         ("plain.tar", ["plain.tar"]),
     ],
 )

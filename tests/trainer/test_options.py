@@ -76,6 +76,9 @@ def test_the_precision_belongs_to_a_name_and_the_devices_do_not(config):
     claim(cfg, run_directory(cfg))
     cfg.trainer.devices = 4
     claim(cfg, run_directory(cfg))
+    for same in ("32", 32, None):
+        cfg.trainer.precision = same
+        claim(cfg, run_directory(cfg))
     cfg.trainer.precision = "bf16-mixed"
     with pytest.raises(ValueError, match="trainer.precision: was '32-true', now 'bf16-mixed'"):
         claim(cfg, run_directory(cfg))
