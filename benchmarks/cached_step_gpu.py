@@ -20,6 +20,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cached_step import Batch, accumulation, grad_cache, ours, plain
+from benchmarks.tiled_loss_gpu import measured
 from pipeline.models.clip import CLIP
 from pipeline.models.text import TextTransformer
 from pipeline.models.vit import VisionTransformer
@@ -42,21 +43,6 @@ def setting(pairs: int, device: torch.device) -> tuple[CLIP, Batch]:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return model, (images, tokens, kept.to(device))
-
-
-def figures(step: Callable[[], None], rounds: int) -> tuple[float, float]:
-    """Milliseconds and GiB; the first round warms up."""
-    before, times = torch.cuda.memory_allocated(), []
-    for turn in range(rounds + 1):
-        if turn == 1:
-            torch.cuda.reset_peak_memory_stats()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return min(times[1:]), (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 def scale_gradient(model: CLIP, step: Callable[[], None]) -> Tensor:
@@ -111,7 +97,7 @@ def main() -> None:
     for name, step in ways.items():
         pairs = given.micro if "micro-batch" in name else given.batch
         try:
-            milliseconds, peak = figures(step, given.rounds)
+            milliseconds, peak = measured(step, given.rounds)
             gradient = "" if pairs < given.batch else f"{scale_gradient(model, step).item():.3e}"
             cells = [f"{milliseconds:.1f}", f"{1000 * pairs / milliseconds:.0f}", f"{peak:.2f}"]
             lines.append(f"| {name} | {' | '.join(cells)} | {gradient} |")

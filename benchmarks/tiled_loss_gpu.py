@@ -105,21 +105,25 @@ def error(loss: Loss, dense: Loss, device: torch.device, pairs: int) -> str:
     return f"{max(errors).item():.1e}"
 
 
-def figures(loss: Loss, device: torch.device, pairs: int, rounds: int) -> tuple[float, float]:
-    """Milliseconds, the fastest of rounds, and peak GiB beyond the inputs; the first compiles."""
-    inputs = inputs_of(pairs, device, torch.float32)
+def measured(run: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """Milliseconds, the fastest of rounds, and peak GiB beyond what is there; the first compiles."""
     before, times = torch.cuda.memory_allocated(), []
     for turn in range(rounds + 1):
         if turn == 1:
             torch.cuda.reset_peak_memory_stats()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        step(loss, inputs)
+        run()
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30
     return min(times[1:]), peak
+
+
+def figures(loss: Loss, device: torch.device, pairs: int, rounds: int) -> tuple[float, float]:
+    inputs = inputs_of(pairs, device, torch.float32)
+    return measured(lambda: step(loss, inputs), rounds)
 
 
 def attempt(make: Callable[[], object]) -> object:
