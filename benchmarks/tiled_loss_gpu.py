@@ -106,7 +106,7 @@ def error(loss: Loss, dense: Loss, device: torch.device, pairs: int) -> str:
 
 
 def measured(run: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Milliseconds, the fastest of rounds, and peak GiB beyond what is there; the first compiles."""
+    """Milliseconds, the fastest of rounds, and peak GiB beyond what is there; one more compiles."""
     before, times = torch.cuda.memory_allocated(), []
     for turn in range(rounds + 1):
         if turn == 1:
