@@ -152,7 +152,7 @@ def main() -> None:
     lines = [
         "# Tiled losses",
         "",
-        f"2026-11-25, 2 cores of a shared x86-64 server, one thread. Python "
+        f"2026-11-26, 2 cores of a shared x86-64 server, one thread. Python "
         f"{platform.python_version()}, torch {torch.__version__}, open_clip "
         f"{open_clip.__version__}. `OMP_NUM_THREADS=1 .venv-peer/bin/python -m "
         "benchmarks.tiled_loss`",
@@ -162,7 +162,8 @@ def main() -> None:
         "storage once.",
         "",
         *cpu_tables(),
-        "On a GPU, with Inf-CL beside: `benchmarks/tiled_loss_gpu.py`.",
+        "On a GPU, with Inf-CL beside: `benchmarks/tiled_loss_gpu.py`; not run yet, no CUDA device was "
+        "to be had.",
         "",
     ]
     RESULT.write_text("\n".join(lines))
