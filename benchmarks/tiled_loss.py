@@ -162,8 +162,8 @@ def main() -> None:
         "storage once.",
         "",
         *cpu_tables(),
-        "On a GPU, with Inf-CL beside: `benchmarks/tiled_loss_gpu.py`; not run yet, no CUDA device was "
-        "to be had.",
+        "On a GPU, with Inf-CL beside: `benchmarks/tiled_loss_gpu.py`; not run yet, no CUDA device "
+        "was to be had.",
         "",
     ]
     RESULT.write_text("\n".join(lines))
